@@ -1,0 +1,86 @@
+"""What to do when memory maps kill the agent.
+
+LMDB trusts its files: a damaged one can end the process with SIGSEGV or SIGBUS, and an agent that starts again on the
+same files dies again. kill -9 looks the same from outside and is harmless, so the two are told apart by the traceback
+that faulthandler writes for the first kind only: the file `crash` below the cache directory is empty after everything
+but a memory fault.
+
+The first memory fault within ten minutes makes the next start check the environments thoroughly; the second sets them
+aside.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import time
+from pathlib import Path
+from typing import IO
+
+log = logging.getLogger(__name__)
+
+WINDOW_S = 600.0
+KEPT = ".aside-crash"
+
+
+class CrashGuard:
+    """Watches over the environments below one cache directory."""
+
+    def __init__(self, cache_dir: Path) -> None:
+        self._file = cache_dir / "crash"
+        self._history = cache_dir / "crash-history"
+        self._stream: IO[bytes] | None = None
+
+    def begin(self, environments: list[Path]) -> int:
+        """Look at how the last life ended; set the environments aside after a second memory fault. Returns recent
+        faults.
+
+        A read-only cache directory is not an error: then nothing is watched.
+        """
+        try:
+            faults = self._recent_faults()
+            if faults >= 2:
+                log.error("the agent died of %d memory faults within %d s: the cache is set aside", faults, WINDOW_S)
+                for path in environments:
+                    _set_aside(path)
+                self._history.unlink(missing_ok=True)
+                faults = 0
+            self._stream = open(self._file, "wb")  # noqa: SIM115 - faulthandler needs it open for our whole life
+            faulthandler.enable(self._stream)
+        except OSError as error:
+            log.warning("no crash guard: %s", error)
+            return 0
+        return faults
+
+    def _recent_faults(self) -> int:
+        now = time.time()
+        times: list[float] = []
+        if self._history.exists():
+            times = [float(line) for line in self._history.read_text("ascii", "replace").split() if _is_number(line)]
+        if self._file.exists() and self._file.stat().st_size:
+            times.append(self._file.stat().st_mtime)
+            log.error("the last agent died of a memory fault: %s", self._file.read_text("utf-8", "replace")[:2000])
+        times = [t for t in times if 0 <= now - t < WINDOW_S]
+        self._history.write_text("\n".join(map(str, times)), encoding="ascii")
+        return len(times)
+
+    def end(self) -> None:
+        """The agent ends as it should."""
+        if self._stream is not None:
+            faulthandler.disable()
+            self._stream.close()
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(".", "", 1).isdigit()
+
+
+def _set_aside(path: Path) -> None:
+    import shutil
+
+    if not path.exists():
+        return
+    aside = path.with_name(path.name + KEPT)
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(path, aside)

@@ -1,0 +1,216 @@
+"""Finding the agent of a cache directory, and starting it when none runs (as bazel and adb do with their servers).
+
+Everything here BLOCKS; `cachefs mount` calls it before it mounts, workers call it in a thread when their agent has
+died. Two callers at once start one agent: they take turns under a lock, and the second finds the first one's agent.
+The agent itself holds another lock for as long as it lives, so there is never a second one even if somebody starts it
+by hand.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import select
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cachefs import __version__, errors
+from cachefs.agent import framing, messages
+from cachefs.config import CacheConfig, Config, LogConfig, as_plain
+from cachefs.runtime import RuntimeDir
+
+CONNECT_RETRY_S = 0.02
+_NOBODY = frozenset({errno.ENOENT, errno.ECONNREFUSED})
+
+
+@dataclass(frozen=True, slots=True)
+class AgentPlan:
+    """How to start the agent of a cache directory."""
+
+    cache: CacheConfig
+    log: LogConfig
+    python: str
+    environment: Mapping[str, str]
+
+    @property
+    def runtime(self) -> RuntimeDir:
+        """The runtime directory (made if needed)."""
+        return RuntimeDir(self.cache.runtime_dir)
+
+    @property
+    def socket_path(self) -> str:
+        """Where the agent listens."""
+        return self.runtime.agent(self.cache.cache_dir, "sock")
+
+
+def connect(path: str) -> socket.socket | None:
+    """Return a connection to a listening agent, or None when there is none. Raises AgentUnavailable for other
+    faults.
+    """
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.connect(path)
+    except OSError as error:
+        connection.close()
+        if error.errno in _NOBODY:
+            return None
+        raise errors.AgentUnavailable(f"cannot reach the agent at {path}: {error.strerror}") from error
+    return connection
+
+
+def ensure_agent(plan: AgentPlan, timeout_s: float) -> socket.socket:
+    """Return a connection to the agent, which is started if needed. Raises AgentUnavailable with the agent's own
+    words.
+    """
+    path = plan.socket_path
+    connection = connect(path)
+    if connection is not None:
+        return connection
+    deadline = time.monotonic() + timeout_s
+    with open(plan.runtime.agent(plan.cache.cache_dir, "start"), "w", encoding="ascii") as turn:
+        _take_turn(turn.fileno(), deadline)
+        while True:
+            connection = connect(path)
+            if connection is not None:
+                return connection
+            _start(plan, deadline)
+            if time.monotonic() > deadline:
+                raise errors.AgentUnavailable(f"the agent did not listen at {path} within {timeout_s:g} s")
+
+
+def _take_turn(descriptor: int, deadline: float) -> None:
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise errors.AgentUnavailable("another process has been starting the agent for too long") from error
+            time.sleep(CONNECT_RETRY_S)
+
+
+def _start(plan: AgentPlan, deadline: float) -> None:
+    """Start the agent and wait until it listens, fails, or the deadline is over."""
+    ready, report = os.pipe()
+    log_path = plan.runtime.agent(plan.cache.cache_dir, "log")
+    try:
+        with open(log_path, "ab", opener=_private) as log:
+            child = subprocess.Popen(
+                [plan.python, "-m", "cachefs.agent.main", "--ready-fd", str(report)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                pass_fds=[report],
+                start_new_session=True,  # it outlives us, and a Ctrl-C at our terminal is not meant for it
+                cwd="/",
+                env=dict(plan.environment),
+            )
+    finally:
+        os.close(report)
+    try:
+        assert child.stdin is not None
+        with child.stdin as stdin:
+            stdin.write(json.dumps({"cache": as_plain(plan.cache), "log": as_plain(plan.log)}).encode())
+    except BrokenPipeError:
+        pass  # it has died already; its report says more
+    with open(ready, "rb") as reports:
+        # A pipe, not polling: a reader may be waiting behind us, and each millisecond is part of its stall.
+        if not select.select([reports], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            raise errors.AgentUnavailable(f"the agent was started but is not ready; its log: {log_path}")
+        line = reports.readline()
+    # Popen would warn about a child that nobody waits for; it is no longer ours.
+    child.returncode = 0
+    outcome: dict[str, Any] = (
+        json.loads(line) if line else {"ok": False, "text": f"it ended at once; its log: {log_path}"}
+    )
+    if not outcome["ok"] and not outcome.get("running"):
+        raise errors.AgentUnavailable(f"the agent cannot start: {outcome['text']}")
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def aws_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that decide about credentials and endpoints, to be sent to the agent."""
+    return {name: value for name, value in environment.items() if name.startswith("AWS_")}
+
+
+def attach_message(
+    config: Config, environment: Mapping[str, str], mount_id: str, mountpoint: str, *, request_id: int, check: bool
+) -> messages.Attach:
+    """Return the message by which a mount introduces itself."""
+    return messages.Attach(
+        id=request_id,
+        protocol=messages.PROTOCOL_VERSION,
+        version=__version__,
+        mount_id=mount_id,
+        mountpoint=mountpoint,
+        pid=os.getpid(),
+        volume={"s3": as_plain(config.s3), "metadata": as_plain(config.metadata), "cache": as_plain(config.cache)},
+        environment=aws_environment(environment),
+        check=check,
+    )
+
+
+def check_volume(
+    config: Config, environment: Mapping[str, str], mount_id: str, mountpoint: str, python: str
+) -> list[str]:
+    """Start the agent if needed and let it check that the bucket can be listed. Returns notices for the person who
+    mounts.
+
+    Raises BucketNotFound, CredentialsError, AccessDenied, StorageUnavailable, UsageError or AgentUnavailable, each
+    with a message for a person.
+    """
+    plan = AgentPlan(config.cache, config.log, python, environment)
+    timeout_s = config.fuse.ready_timeout_s
+    attach = attach_message(config, environment, mount_id, mountpoint, request_id=1, check=True)
+    answer = ask(ensure_agent(plan, timeout_s), attach, timeout_s)
+    if isinstance(answer, messages.Failure) and answer.kind == "version":
+        stop_agent(plan.socket_path, timeout_s)
+        answer = ask(ensure_agent(plan, timeout_s), attach, timeout_s)
+    if isinstance(answer, messages.Failure):
+        raise failure_error(answer)
+    assert isinstance(answer, messages.Attached)
+    return list(answer.notices)
+
+
+def stop_agent(path: str, timeout_s: float) -> None:
+    """Ask a running agent to end at once, and wait until it does not listen any more."""
+    connection = connect(path)
+    if connection is not None:
+        ask(connection, messages.Stop(id=1, force=True), timeout_s)
+    deadline = time.monotonic() + timeout_s
+    while (connection := connect(path)) is not None:
+        connection.close()
+        if time.monotonic() > deadline:
+            raise errors.AgentUnavailable(f"the old agent at {path} does not end")
+        time.sleep(CONNECT_RETRY_S)
+
+
+def ask(connection: socket.socket, request: messages.Message, timeout_s: float) -> messages.Answer:
+    """Send one request on a fresh connection, return its answer, close. Raises AgentUnavailable."""
+    frames = framing.answers()
+    with connection:
+        connection.settimeout(timeout_s)
+        try:
+            connection.sendall(framing.encode(request))
+            while received := connection.recv(65536):
+                for answer in frames.feed(received):
+                    return answer
+        except OSError as error:
+            raise errors.AgentUnavailable(f"the agent did not answer: {error}") from error
+    raise errors.AgentUnavailable("the agent closed the connection without an answer")
+
+
+def failure_error(failure: messages.Failure) -> errors.CachefsError:
+    """Return the exception that a Failure stands for."""
+    kind = getattr(errors, failure.kind, None)
+    if isinstance(kind, type) and issubclass(kind, errors.CachefsError):
+        return kind(failure.text)
+    return errors.StorageUnavailable(f"{failure.kind}: {failure.text}")

@@ -1,0 +1,186 @@
+"""The messages between workers (and `cachefs status`) and the node's agent, over a unix socket of mode 0600.
+
+Framing: 4 bytes length (big endian), then one msgpack map (msgspec, tagged by its `type`). Block bytes do not cross the
+socket: the agent commits a block to the shm tier and answers "there", the worker reads it from the same memory map.
+The one exception is `FilledBlock.payload`, when no tier could take the block.
+
+Requests carry `id`; each gets exactly one `Reply` or `Failure` with the same id, in any order. Every request may be
+sent again after a reconnection (all are idempotent). `PROTOCOL_VERSION` changes when a message changes its meaning;
+an agent refuses other versions with a `Failure` of kind "version", which the worker takes as "start the agent of my own
+version".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+MAX_MESSAGE_BYTES = 80 << 20
+"""Over this length a peer is out of step, and the connection is closed."""
+
+
+class Message(msgspec.Struct, tag_field="type", tag=str.lower, frozen=True):
+    """Base of all messages."""
+
+
+class Attach(Message, frozen=True):
+    """First message of a worker: serve this volume on this connection. Reply: `Attached`."""
+
+    id: int
+    protocol: int
+    version: str
+    """cachefs version of the sender."""
+    mount_id: str
+    mountpoint: str
+    pid: int
+    volume: dict[str, Any]
+    """The `s3`, `metadata` and `cache` sections of the configuration as `cachefs.config.as_plain` writes them."""
+    environment: dict[str, str]
+    """The AWS_* variables of the mount. Never stored, never logged."""
+    check: bool
+    """Make a request to the store first, and fail with a message for a person when it does not answer well."""
+
+
+class Attached(Message, frozen=True):
+    """What a worker needs to read the tiers by itself."""
+
+    id: int
+    pid: int
+    version: str
+    shm_path: str | None
+    """Directory of the shm tier's LMDB environment; None while the tier is off."""
+    metadata_path: str
+    """Directory of the volume's metadata environment."""
+    volume_id: str
+    endpoint: str
+    bucket: str
+    block_size: int
+    notices: list[str] = []
+    """For the person who mounts: settings that this agent does not follow because another mount started it."""
+
+
+class Resolve(Message, frozen=True):
+    """See `AgentPort.resolve`. Reply: `Resolved`."""
+
+    id: int
+    parent: int
+    name: bytes
+
+
+class Resolved(Message, frozen=True):
+    id: int
+    ino: int | None
+    valid_s: float
+
+
+class ListDirectory(Message, frozen=True):
+    """See `AgentPort.list_directory`. Reply: `Listed`."""
+
+    id: int
+    ino: int
+    seen: bytes | None
+
+
+class Listed(Message, frozen=True):
+    id: int
+    complete: bool
+    frontier: bytes
+    valid_s: float
+
+
+class Fill(Message, frozen=True):
+    """See `AgentPort.fill`. Reply: `Filled`."""
+
+    id: int
+    ino: int
+    first: int
+    count: int
+    inline: bool = False
+
+
+class Filled(Message, frozen=True):
+    id: int
+    blocks: list[tuple[int, str, bytes | None]]
+    """(index, tier it came from, payload or None)."""
+
+
+class Readahead(Message, frozen=True):
+    """See `AgentPort.readahead`. No reply."""
+
+    ino: int
+    first: int
+    count: int
+
+
+class Cached(Message, frozen=True):
+    """Reply: `CachedBlocks`."""
+
+    id: int
+    ino: int
+
+
+class CachedBlocks(Message, frozen=True):
+    id: int
+    blocks: dict[str, int]
+
+
+class Usage(Message, frozen=True):
+    """Reply: `UsageReply`."""
+
+    id: int
+
+
+class UsageReply(Message, frozen=True):
+    id: int
+    used_bytes: int
+    objects: int
+
+
+class Counters(Message, frozen=True):
+    """A worker's own counts since it started (hits never reach the agent otherwise). No reply; sent when they
+    changed.
+    """
+
+    values: dict[str, float]
+
+
+class Touched(Message, frozen=True):
+    """Blocks that the worker answered from the shm tier, for the eviction policy (a bounded sample). No reply."""
+
+    keys: list[bytes]
+
+
+class Status(Message, frozen=True):
+    """First and only message of `cachefs status`. Reply: `StatusReply`."""
+
+    id: int
+
+
+class StatusReply(Message, frozen=True):
+    id: int
+    status: dict[str, Any]
+
+
+class Stop(Message, frozen=True):
+    """Ask the agent to end when nothing is mounted (`force`: at once). Reply: `Done`."""
+
+    id: int
+    force: bool = False
+
+
+class Done(Message, frozen=True):
+    id: int
+
+
+class Failure(Message, frozen=True):
+    """The request failed. `kind` is the name of a class in `cachefs.errors` (or "version")."""
+
+    id: int
+    kind: str
+    text: str
+
+
+Request = Attach | Resolve | ListDirectory | Fill | Readahead | Cached | Usage | Counters | Touched | Status | Stop
+Answer = Attached | Resolved | Listed | Filled | CachedBlocks | UsageReply | StatusReply | Done | Failure

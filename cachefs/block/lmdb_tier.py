@@ -1,0 +1,409 @@
+"""A cache tier as the agent owns it: blocks in one LMDB environment, below a hard budget, whatever happens around it.
+
+`TierWriter` adds to `cachefs.block.lmdb_env` what a cache needs: a budget with eviction before each write, group
+commit, checks on the way out, and a life with full disks, foreign files and power losses. `TierReader`
+(`cachefs.block.tier_reader`) is how other processes see the tier: no locks, and no page of an open read transaction is
+ever reused, so eviction cannot pull bytes away under a reader.
+
+INVARIANTS
+* The data file never grows past the map size, and the map size is below the configured limit.
+* A page that LMDB touches in a shared map has a block (`cachefs.block.tier_growth`). When the file system
+  promises no more, the map is cut to what was promised (state "full"): LMDB then reuses freed pages or says "map
+  full", and the tier evicts more. Every few seconds it tries to grow again.
+* Ledger and environment hold the same keys; both are changed under `_lock` only.
+* A fault of the tier is never the caller's: `read` answers None, writes raise TierUnavailable, one warning a minute.
+* Lock order: `_lock`, then `_gate`. Reads take `_gate` only, so no read ever waits for a write.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from cachefs import errors
+from cachefs.block import codec, tier_files
+from cachefs.block.codec import Bytes
+from cachefs.block.eviction import LruPolicy
+from cachefs.block.faults import Faults
+from cachefs.block.gate import Gate
+from cachefs.block.ledger import PAGE_SIZE, Ledger, value_cost
+from cachefs.block.lmdb_env import BlockEnvironment, MapFull
+from cachefs.block.ports import EvictionPolicy
+from cachefs.block.tier_growth import Growth
+from cachefs.block.tier_opening import open_tier, take_over
+from cachefs.metrics import Counters
+from cachefs.types import BlockKey, Tier
+
+__all__ = ["Demotion", "TierWriter"]
+
+log = logging.getLogger(__name__)
+
+OTHER_BYTES = 256 << 10
+"""Lock file, stamp and directory: they count to the tier's limit too."""
+GROUP_BYTES = 8 << 20
+GROUP_BLOCKS = 256
+EVICT_BLOCKS = 64
+TREE_BYTES_PER_BLOCK = 4 * PAGE_SIZE
+TREE_BYTES = 64 * PAGE_SIZE
+"""What a transaction may take beside its values: copies of tree pages and of the list of free pages."""
+TRIES = 5
+PAUSE_S = 0.004
+"""Between the tries to get free pages; a reader's transaction takes less."""
+PINNED_S = 0.5
+"""For how long nothing is tried after that was in vain."""
+RETRY_S = 5.0
+
+Demotion = Callable[[Sequence[BlockKey]], None]
+"""Called in the writing thread with the keys that are about to be evicted, while their bytes can still be read."""
+
+
+class TierWriter:
+    """One tier. All methods block, and any thread may call them; `in` and `touch` never wait."""
+
+    def __init__(
+        self,
+        directory: str,
+        tier: Tier,
+        *,
+        limit_bytes: int,
+        block_size: int,
+        counters: Counters,
+        policy: Callable[[], EvictionPolicy] = LruPolicy,
+    ) -> None:
+        """Open or begin the tier. What cannot be used is set aside (shm: removed) with one warning.
+
+        Raises: TierUnavailable when the directory cannot be written, or the limit is too small for a few blocks.
+        """
+        self.directory = directory.rstrip("/")
+        self.tier = tier
+        self.limit_bytes = limit_bytes
+        self.block_size = block_size
+        self._counters = counters
+        self._policy = policy
+        block_cost = value_cost(block_size + codec.HEADER_SIZE)
+        self._map_size = (limit_bytes - OTHER_BYTES) // PAGE_SIZE * PAGE_SIZE
+        if self._map_size < 8 * block_cost:
+            raise errors.TierUnavailable(
+                f"a {tier} tier of {limit_bytes} bytes is too small for blocks of {block_size}"
+            )
+        self._slack = max(self._map_size // 20, 4 * block_cost)
+        self._group_bytes = max(min(GROUP_BYTES, self._slack // 4), block_cost)
+        self._lock = threading.RLock()
+        self._gate = Gate()
+        self._ledger = Ledger(policy())
+        self._env: BlockEnvironment | None = None
+        self._unusable = ""
+        self._retry_at = 0.0
+        self._pause_until = 0.0
+        self._clean = False
+        self._closed = False
+        self._faults = Faults(f"the {tier} tier in {self.directory}", tier, counters)
+        self._begin()
+
+    # -- opening -------------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """Open the environment, or begin a new one. Raises TierUnavailable."""
+        opened = open_tier(
+            self.directory,
+            self.tier,
+            map_size=self._map_size,
+            block_size=self.block_size,
+            new_ledger=lambda: Ledger(self._policy()),
+            unusable=self._unusable,
+        )
+        try:
+            growth = Growth(os.path.join(self.directory, tier_files.DATA_FILE), self._map_size, self._gate)
+        except OSError as error:
+            opened.env.close()
+            raise errors.TierUnavailable(f"{self.directory} cannot be written: {error}") from error
+        self._env, self._ledger, self._growth = opened.env, opened.ledger, growth
+        self._unusable, self._clean = "", False
+        if opened.former is not None:
+            take_over(opened.former, self.put_values, lambda: self._usable() - self._ledger.used_bytes)
+            log.info("the %s tier is smaller now: took over %d blocks", self.tier, len(self._ledger))
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def __contains__(self, key: object) -> bool:
+        """Return whether the tier holds a block: a look into memory, from any thread."""
+        return key in self._ledger
+
+    def read(self, key: BlockKey, expected_length: int | None = None) -> bytes | None:
+        """Return a block's stored value (header and payload), checked, or None. Never raises for the tier's sake."""
+        try:
+            with self._gate:
+                value = None if self._env is None else self._env.read(key)
+            if value is not None:
+                codec.verify(value, key, expected_length)
+            return value
+        except errors.CorruptBlock as error:
+            self._drop_bad(key, error)
+        except errors.TierUnavailable as error:
+            self._faults.fault(error)
+        return None
+
+    def _drop_bad(self, key: BlockKey, error: Exception) -> None:
+        self._faults.bad_block(error)
+        try:
+            self.discard([key])
+        except errors.TierUnavailable as fault:
+            self._faults.fault(fault)
+
+    def touch(self, keys: Iterable[BlockKey]) -> None:
+        """Blocks were read: evict them later."""
+        self._ledger.touch(keys)
+
+    def oldest_first(self) -> list[BlockKey]:
+        """Return the keys of all blocks in the order of their eviction."""
+        with self._lock:
+            self._ledger.settle()
+            return self._ledger.oldest_first()
+
+    # -- writing -------------------------------------------------------------------------------------------------------
+
+    def put_many(self, blocks: Iterable[tuple[BlockKey, Bytes]], demote: Demotion | None = None) -> None:
+        """Commit payloads under their keys, in groups; keys that are there already are not written again.
+
+        Evicts first, and calls `demote` before. Raises TierUnavailable; groups before the failing one stay committed.
+        """
+        self._put(blocks, demote, encoded=False)
+
+    def put_values(self, values: Iterable[tuple[BlockKey, Bytes]], demote: Demotion | None = None) -> None:
+        """As `put_many`, for stored values (with their header) as `read` returns them."""
+        self._put(values, demote, encoded=True)
+
+    def _put(self, blocks: Iterable[tuple[BlockKey, Bytes]], demote: Demotion | None, *, encoded: bool) -> None:
+        header = 0 if encoded else codec.HEADER_SIZE
+        with self._lock:
+            group: dict[BlockKey, tuple[Bytes, int]] = {}
+            room = self._group_bytes
+            for key, given in blocks:
+                if key in self._ledger or key in group:
+                    continue
+                length = len(given) + header
+                if group and (value_cost(length) > room or len(group) >= GROUP_BLOCKS):
+                    self._write(group, demote, encoded=encoded)
+                    group, room = {}, self._group_bytes
+                group[key] = given, length
+                room -= value_cost(length)
+            if group:
+                self._write(group, demote, encoded=encoded)
+
+    def _write(self, group: dict[BlockKey, tuple[Bytes, int]], demote: Demotion | None, *, encoded: bool) -> None:
+        """Commit one group. Raises TierUnavailable."""
+        need = sum(value_cost(length) for _, length in group.values())
+        if self._closed or time.monotonic() < self._pause_until:
+            raise errors.TierUnavailable("it is closed, or was full a moment ago")  # the warning was given then
+        try:
+            env = self._usable_environment()
+            self._ledger.settle()
+            self._commit(env, group, need, demote, encoded=encoded)
+        except errors.CorruptBlock as error:
+            raise self._give_up(error) from error
+        except errors.TierUnavailable as error:
+            self._faults.fault(error)
+            raise
+        for key, (_, length) in group.items():
+            self._ledger.add(key, length)
+        self._counters.add(f"{self.tier}_writes", len(group))
+        self._counters.add(f"{self.tier}_write_bytes", sum(length for _, length in group.values()))
+
+    def _commit(
+        self,
+        env: BlockEnvironment,
+        group: dict[BlockKey, tuple[Bytes, int]],
+        need: int,
+        demote: Demotion | None,
+        *,
+        encoded: bool,
+    ) -> None:
+        """Make room and write; while the free pages are too scattered, or still seen by a reader, make more room."""
+        growth = need + len(group) * TREE_BYTES_PER_BLOCK + TREE_BYTES
+        for attempt in range(TRIES):
+            try:
+                self._make_room(need, demote)
+                if self._may_grow(env, growth):
+                    env.write(((key, given) for key, (given, _) in group.items()), encoded=encoded)
+                    return
+            except MapFull as error:
+                log.debug("%s: %s", self.tier, error)
+                try:
+                    self._evict(need << attempt, demote)
+                    env.tick()
+                except MapFull:
+                    pass  # even that takes a free page: readers inside of a transaction hold them, for moments only
+                time.sleep(PAUSE_S * attempt)
+        self._pause_until = time.monotonic() + PINNED_S
+        raise MapFull("its free pages are too scattered, or still seen by a reader")
+
+    def _may_grow(self, env: BlockEnvironment, growth: int) -> bool:
+        could_grow = self._growth.growing
+        ready = self._growth.prepare(env, growth)
+        if could_grow and not ready:
+            self._faults.fault(errors.TierUnavailable("no room below it; it goes on with what it has"))
+        elif not could_grow and self._growth.growing:
+            log.info("the %s tier in %s can grow again", self.tier, self.directory)
+        return ready
+
+    def _usable_environment(self) -> BlockEnvironment:
+        if self._env is None:
+            self._revive()
+        env = self._env
+        if env is None:
+            raise errors.TierUnavailable(self._unusable or "it is closed")
+        if self._clean:
+            try:
+                tier_files.in_use().store(self.directory)
+            except OSError as error:
+                raise errors.TierUnavailable(f"the stamp cannot be written: {error}") from error
+            self._clean = False
+        return env
+
+    def _usable(self) -> int:
+        """Return how many bytes blocks may take now."""
+        return self._growth.limit - self._slack
+
+    def _make_room(self, need: int, demote: Demotion | None) -> None:
+        surplus = self._ledger.used_bytes + need - self._usable()
+        if need > self._usable():
+            if not self._growth.growing and self._growth.may_retry():
+                return  # the file system is about to be asked for more
+            raise errors.TierUnavailable("the file system below it is full")
+        if surplus > 0:
+            self._evict(surplus, demote)
+
+    def _evict(self, want: int, demote: Demotion | None) -> None:
+        """Delete the oldest blocks until `want` bytes are free. Raises TierUnavailable, CorruptBlock."""
+        assert self._env is not None
+        env, target = self._env, max(self._ledger.used_bytes - want, 0)
+        while self._ledger.used_bytes > target and len(self._ledger):
+            victims = self._take_victims(env, self._ledger.used_bytes - target)
+            try:
+                if demote is not None:
+                    demote(list(victims))
+                gone = env.delete(list(victims))
+            except BaseException:
+                for key, length in victims.items():
+                    self._ledger.keep(key, length)
+                raise
+            for key, length in gone:
+                self._ledger.gone(key, length)
+            self._counters.add(f"{self.tier}_evictions", len(gone))
+
+    def _take_victims(self, env: BlockEnvironment, want: int) -> dict[BlockKey, int]:
+        victims: dict[BlockKey, int] = {}
+        while want > 0 and len(victims) < EVICT_BLOCKS:
+            key = self._ledger.take_victim()
+            if key is None:
+                break
+            length = env.length(key)
+            if length is None:
+                raise errors.CorruptBlock("a block that should be in its index is not")
+            victims[key] = length
+            want -= value_cost(length)
+        return victims
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    def _give_up(self, error: Exception) -> errors.TierUnavailable:
+        """Close an environment that cannot be trusted any more; `_revive` begins anew."""
+        self._faults.fault(error)
+        self._unusable = str(error)
+        self._retry_at = time.monotonic() + RETRY_S
+        env, self._env = self._env, None
+        self._ledger = Ledger(self._policy())
+        with self._gate.closed():
+            if env is not None:
+                env.close()
+                self._growth.close()
+        return errors.TierUnavailable(str(error))
+
+    def _revive(self) -> None:
+        if not self._unusable or time.monotonic() < self._retry_at:
+            return
+        self._retry_at = time.monotonic() + RETRY_S
+        self._begin()
+        log.info("the %s tier in %s is back", self.tier, self.directory)
+
+    def maintain(self) -> None:
+        """Do what has to be done every few seconds: free dead readers' slots, come back after faults. Never raises."""
+        with self._lock:
+            try:
+                if self._env is None:
+                    self._revive()
+                elif not self._env.intact():
+                    self._give_up(errors.CorruptBlock("its data file was removed or cut"))
+                elif self._env.reader_check():
+                    self._pause_until = 0.0
+            except errors.CorruptBlock as error:
+                self._give_up(error)
+            except errors.TierUnavailable as error:
+                self._faults.fault(error)
+
+    def reader_check(self) -> int:
+        """Free the slots of readers that died inside of a transaction (they pin old pages); returns how many."""
+        with self._lock:
+            try:
+                return 0 if self._env is None else self._env.reader_check()
+            except (errors.CorruptBlock, errors.TierUnavailable) as error:
+                self._faults.fault(error)
+                return 0
+
+    def discard(self, keys: Sequence[BlockKey]) -> None:
+        """Delete blocks. Raises TierUnavailable."""
+        with self._lock:
+            env = self._usable_environment()
+            try:
+                for key, length in env.delete(keys):
+                    self._ledger.gone(key, length)
+            except errors.CorruptBlock as error:
+                raise self._give_up(error) from error
+
+    def sync_and_mark(self) -> None:
+        """Make everything durable and say so in the stamp: the tier survives a power loss now.
+
+        Raises TierUnavailable.
+        """
+        with self._lock:
+            if self._env is None or self._clean:
+                return
+            self._env.sync()
+            try:
+                tier_files.left_clean(self.directory, self._env.txnid).store(self.directory)
+            except OSError as error:
+                raise errors.TierUnavailable(f"the stamp cannot be written: {error}") from error
+            self._clean = True
+
+    def close(self) -> None:
+        """Sync, mark and close. Never raises for the tier's sake."""
+        with self._lock:
+            try:
+                self.sync_and_mark()
+            except (errors.CorruptBlock, errors.TierUnavailable) as error:
+                self._faults.fault(error)
+            env, self._env, self._unusable, self._closed = self._env, None, "", True
+            with self._gate.closed():
+                if env is not None:
+                    env.close()
+                    self._growth.close()
+
+    @property
+    def state(self) -> str:
+        """Return "on", "full" (goes on with the room that it has) or "off"."""
+        if self._env is None:
+            return "off"
+        return "on" if self._growth.growing else "full"
+
+    def stats(self) -> dict[str, Any]:
+        """Return state, used_bytes, limit_bytes and blocks."""
+        return {
+            "state": self.state,
+            "used_bytes": self._ledger.used_bytes,
+            "limit_bytes": self.limit_bytes,
+            "blocks": len(self._ledger),
+        }

@@ -1,0 +1,53 @@
+"""The two small Protocols that plug tiers, peers and the store together (the agent's composition root plugs them)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from cachefs.types import BlockKey, ObjectVersion
+
+
+class BlockSource(Protocol):
+    """Where blocks come from when no tier has them: the store, later also peers. Calls BLOCK; they run in threads."""
+
+    def read_range(self, version: ObjectVersion, start: int, length: int) -> bytes | memoryview:
+        """Return exactly these bytes of exactly this version.
+
+        Raises: StaleObject, AccessDenied, StorageUnavailable (also BadBody).
+        """
+        ...
+
+
+class EvictionPolicy(Protocol):
+    """Decides which block leaves a tier next. Pure bookkeeping: no I/O, O(1) per call, bounded memory per block.
+
+    INVARIANT: it knows exactly the keys that were added and not removed.
+    """
+
+    def add(self, key: BlockKey, size: int) -> None:
+        """A block entered the tier (or was rewritten)."""
+        ...
+
+    def touch(self, key: BlockKey) -> None:
+        """A block was read. Unknown keys are ignored."""
+        ...
+
+    def remove(self, key: BlockKey) -> None:
+        """A block left the tier. Unknown keys are ignored."""
+        ...
+
+    def victim(self) -> BlockKey | None:
+        """Return the block to evict next (it stays known until `remove`), or None when there is none."""
+        ...
+
+    def oldest_first(self) -> list[BlockKey]:
+        """Return all known keys, roughly in the order in which they would leave."""
+        ...
+
+    def __contains__(self, key: object) -> bool:
+        """Return whether a block is known. Called from any thread, without a lock."""
+        ...
+
+    def __len__(self) -> int:
+        """Return how many blocks are known."""
+        ...

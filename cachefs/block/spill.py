@@ -1,0 +1,111 @@
+"""Moving blocks from the shm tier to the disk tier behind the reader's back.
+
+A block from the store is committed to the shm tier and its reader goes on; the disk is paid later. The queue holds
+keys, the bytes are read again from the shm tier. Blocks are written at full speed when nobody has read for `QUIET_S` or
+when the queue holds half of the shm tier, one batch every `TRICKLE_S` while somebody reads (writing 1 GiB takes a CPU
+for seconds: at full speed it would halve what readers of the shm tier get), and at the latest when the shm tier wants
+to evict them (`demote`, in the evicting thread).
+
+INVARIANT: a block that is only in the shm tier is in the queue, or in the batch that is being written, or its bytes
+are dropped on purpose because the disk tier does not take them. After a crash `adopt` builds the queue again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+
+import trio
+
+from cachefs import errors, metrics
+from cachefs.block.lmdb_tier import TierWriter
+from cachefs.metrics import Counters
+from cachefs.types import BlockKey
+
+log = logging.getLogger(__name__)
+
+QUIET_S = 0.25
+TRICKLE_S = 0.5
+BATCH_BLOCKS = 64
+BATCH_BYTES = 8 << 20
+
+
+class Spiller:
+    """The queue and the task that empties it."""
+
+    def __init__(self, shm: TierWriter, disk: TierWriter, counters: Counters, quiet_since: Callable[[], float]) -> None:
+        """`quiet_since` returns since when (trio time) nobody has read; infinity while a fill is under way."""
+        self._shm = shm
+        self._disk = disk
+        self._counters = counters
+        self._quiet_since = quiet_since
+        self._pending: dict[BlockKey, None] = {}
+        self._wanted = trio.Event()
+        self._limiter = trio.CapacityLimiter(1)
+        self._pressure = max(1, shm.limit_bytes // 2 // shm.block_size)
+        self._batch = max(1, min(BATCH_BLOCKS, BATCH_BYTES // shm.block_size))
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    async def adopt(self) -> None:
+        """Queue what an earlier process left in the shm tier only."""
+        for key in await trio.to_thread.run_sync(self._shm_only, limiter=self._limiter):
+            self._pending[key] = None
+        self._wanted.set()
+
+    def _shm_only(self) -> list[BlockKey]:
+        return [key for key in self._shm.oldest_first() if key not in self._disk]
+
+    def add(self, keys: Iterable[BlockKey]) -> None:
+        """These blocks are in the shm tier only (called in the trio thread)."""
+        for key in keys:
+            self._pending[key] = None
+        self._wanted.set()
+
+    def demote(self, keys: Sequence[BlockKey]) -> None:
+        """The shm tier is about to evict these: write those that are nowhere else (called in the evicting thread)."""
+        lost = [key for key in keys if key not in self._disk]
+        if lost:
+            self._write(lost)
+
+    def _write(self, keys: Sequence[BlockKey]) -> None:
+        """Write blocks to the disk tier, one group after the other; what it does not take is lost, and counted."""
+        for start in range(0, len(keys), self._batch):
+            values = []
+            for key in keys[start : start + self._batch]:
+                self._pending.pop(key, None)
+                value = None if key in self._disk else self._shm.read(key)
+                if value is not None:
+                    values.append((key, value))
+            try:
+                self._disk.put_values(values)
+            except errors.TierUnavailable:
+                self._counters.add(metrics.SPILLS_LOST.name, len(values))  # the tier has warned already
+            else:
+                self._counters.add(metrics.SPILLS.name, len(values))
+                self._counters.add(metrics.SPILL_BYTES.name, sum(len(value) for _, value in values))
+
+    async def _write_batch(self) -> None:
+        batch = [key for key, _ in zip(list(self._pending), range(self._batch), strict=False)]
+        await trio.to_thread.run_sync(self._write, batch, limiter=self._limiter)
+
+    async def run(self) -> None:
+        """Empty the queue for ever, when the time is right."""
+        trickled = 0.0
+        while True:
+            if not self._pending:
+                self._wanted = trio.Event()
+                await self._wanted.wait()
+            busy = self._quiet_since() + QUIET_S > trio.current_time()
+            if busy and len(self._pending) < self._pressure:
+                await trio.sleep(QUIET_S)
+                if trio.current_time() < trickled + TRICKLE_S:
+                    continue
+            trickled = trio.current_time()
+            await self._write_batch()
+
+    async def flush(self) -> None:
+        """Write everything that is queued now."""
+        while self._pending:
+            await self._write_batch()

@@ -1,0 +1,224 @@
+"""The files around a tier's LMDB environment: is what lies there ours and whole, and is there room to write?
+
+Nothing here touches the environment itself; it looks at the directory before LMDB maps it, because LMDB trusts what it
+maps (a torn or foreign file can end the process).
+
+* `Stamp` (clean.json) says how the last user left the environment. LMDB without sync promises nothing after a power
+  loss, so after a reboot the environment is only trusted when the stamp says that it was synced and not written
+  since. A process killed with -9 loses nothing: the page cache belongs to the kernel.
+* `remove_or_set_aside` takes a directory away that cannot be used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cachefs import errors
+
+DATA_FILE = "data.mdb"
+LOCK_FILE = "lock.mdb"
+STAMP_FILE = "clean.json"
+LOCK_BYTES = 64 << 10
+"""Room for about 1,000 reader slots, reserved at once: a page fault in a full file system would be SIGBUS."""
+
+FORMER_SUFFIX = ".former"
+VERIFY_TIME_S = 10.0
+VERIFY_FLAW = 3
+_VERIFIER = f"""
+import sys
+from lmdb import verify
+try:
+    problems = verify.verify(sys.argv[1], subdir=False)
+except verify.VerifyError as error:
+    problems = [str(error)]
+print(problems[0] if problems else "")
+sys.exit({VERIFY_FLAW} if problems else 0)
+"""
+"""lmdb older than 3 has no verifier: the import fails, and the structure is trusted."""
+
+_META = struct.Struct("=QHHHHIIQQ")
+"""Page header (number, pad, flags, lower, upper), then magic, version, address, map size."""
+_META_TAIL_OFFSET = _META.size + 2 * 48
+_META_TAIL = struct.Struct("=QQ")
+"""Last page, transaction."""
+_LMDB_MAGIC = 0xBEEFC0DE
+_LMDB_VERSIONS = (1, 2, 3, 999)
+_PAGE_SIZE_AT = _META.size
+"""The first field of the first database record is the page size."""
+
+
+def boot_id() -> str:
+    """Return the identity of this boot of the machine ("" when the kernel does not tell)."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Meta:
+    """What the newest meta page of a data file says."""
+
+    page_size: int
+    last_page: int
+    txnid: int
+
+
+def read_meta(directory: str) -> Meta | None:
+    """Return the newest meta page, or None when there is no data file or an empty one.
+
+    Raises: CorruptBlock when the file is not an LMDB data file of this machine, or is shorter than it says.
+    """
+    path = Path(directory, DATA_FILE)
+    try:
+        with path.open("rb") as file:
+            head = file.read(128 << 10)
+            size = os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        return None
+    except IsADirectoryError as error:
+        raise errors.CorruptBlock("its data file is a directory") from error
+    if size == 0:
+        return None
+    newest: Meta | None = None
+    page_size = struct.unpack_from("=I", head, _PAGE_SIZE_AT)[0] if len(head) > 256 else 0
+    if page_size not in (4096, 8192, 16384, 32768, 65536) or len(head) < page_size + 256:
+        raise errors.CorruptBlock("it is not an LMDB data file")
+    for offset in (0, page_size):
+        magic, version = struct.unpack_from("=II", head, offset + 16)
+        last_page, txnid = _META_TAIL.unpack_from(head, offset + _META_TAIL_OFFSET)
+        if magic != _LMDB_MAGIC or version not in _LMDB_VERSIONS:
+            raise errors.CorruptBlock("one of its meta pages is damaged")
+        if newest is None or txnid > newest.txnid:
+            newest = Meta(page_size, last_page, txnid)
+    assert newest is not None
+    if (newest.last_page + 1) * page_size > size:
+        raise errors.CorruptBlock(f"it is truncated: {size} bytes, {newest.last_page + 1} pages in use")
+    return newest
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """How the environment was left. `txnid` is None while somebody writes to it."""
+
+    boot_id: str
+    txnid: int | None
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def load(cls, directory: str) -> Stamp | None:
+        """Return the stamp, or None when there is none that can be read."""
+        try:
+            return cls(**json.loads(Path(directory, STAMP_FILE).read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def store(self, directory: str) -> None:
+        """Replace the stamp, durably. Raises OSError."""
+        temporary = Path(directory, f"{STAMP_FILE}.tmp")
+        with temporary.open("wb") as file:
+            file.write(json.dumps(asdict(self)).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, Path(directory, STAMP_FILE))
+        folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def in_use() -> Stamp:
+    """Return the stamp to store before the first write after opening (or after `left_clean`)."""
+    return Stamp(boot_id(), None, 0, 0)
+
+
+def left_clean(directory: str, txnid: int) -> Stamp:
+    """Return the stamp for an environment that was just synced."""
+    status = Path(directory, DATA_FILE).stat()
+    return Stamp(boot_id(), txnid, status.st_size, status.st_mtime_ns)
+
+
+def distrust(directory: str, meta: Meta, stamp: Stamp | None) -> bool:
+    """Return whether the structure has to be checked before LMDB may map it.
+
+    Raises: CorruptBlock when it cannot be trusted at all (the machine went down without a sync).
+    """
+    if stamp is None:
+        raise errors.CorruptBlock("nothing says how it was left")
+    if stamp.txnid is None:
+        if stamp.boot_id != boot_id():
+            raise errors.CorruptBlock("the machine went down while it was in use")
+        return False  # killed, no more: the page cache has every committed transaction
+    if stamp.txnid != meta.txnid:
+        raise errors.CorruptBlock("it was written by somebody else since it was closed")
+    status = Path(directory, DATA_FILE).stat()
+    return (status.st_size, status.st_mtime_ns) != (stamp.size, stamp.mtime_ns)
+
+
+def remove_or_set_aside(directory: str, *, keep: bool) -> str:
+    """Take an environment away: rename the directory (`keep`; only the newest is kept) or remove our files in it.
+
+    Returns what was done. Raises OSError.
+    """
+    if not keep:
+        for name in (DATA_FILE, LOCK_FILE, STAMP_FILE):
+            path = Path(directory, name)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        return "removed it"
+    parent, base = os.path.split(directory)
+    former = sorted(Path(parent).glob(f"{base}.aside-*"), key=lambda path: _number(path.name))
+    for path in former:
+        shutil.rmtree(path, ignore_errors=True)
+    target = f"{directory}.aside-{_number(former[-1].name) + 1 if former else 1}"
+    os.rename(directory, target)
+    return f"set it aside as {target}"
+
+
+def _number(name: str) -> int:
+    tail = name.rpartition("-")[2]
+    return int(tail) if tail.isdigit() else 0
+
+
+def reserve_lock_file(directory: str) -> None:
+    """Make the lock file big and backed enough before LMDB maps it. Raises OSError."""
+    fd = os.open(os.path.join(directory, LOCK_FILE), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        if os.fstat(fd).st_size < LOCK_BYTES:
+            os.posix_fallocate(fd, 0, LOCK_BYTES)
+    finally:
+        os.close(fd)
+
+
+def allocated_bytes(directory: str) -> int:
+    """Return how many bytes of the file system the data file takes. Raises OSError."""
+    return Path(directory, DATA_FILE).stat().st_blocks * 512
+
+
+def remove_leftovers(directory: str) -> None:
+    """Remove what a process that died while it made the tier smaller left behind."""
+    shutil.rmtree(f"{directory}{FORMER_SUFFIX}", ignore_errors=True)
+
+
+def structure_flaw(directory: str) -> str:
+    """Return what is wrong with the tree of the data file, or "" (also when checking takes too long to wait for).
+
+    Runs in a process of its own: it reads every page of the trees, and it must not be hurt by what it finds.
+    """
+    command = [sys.executable, "-I", "-c", _VERIFIER, os.path.join(directory, DATA_FILE)]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=VERIFY_TIME_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.decode("utf-8", "replace").strip() if done.returncode == VERIFY_FLAW else ""

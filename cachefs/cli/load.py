@@ -1,0 +1,298 @@
+"""Builds the one `Config` from options, environment and file, and refuses what cannot work.
+
+Order: option > ``CACHEFS_...`` variable > file > variable of the AWS tools > default. `build_config` merges and fills
+in the directories, `validate` refuses; `load_config` does both and is what commands call. Nothing is clamped: a value
+is used as it was written, or the command ends with one line that names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import pwd
+import re
+import tomllib
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cachefs import runtime
+from cachefs.cli.options import (
+    CONFIG_PARAMETER,
+    ENVIRONMENT_PREFIX,
+    SETTINGS,
+    Setting,
+    find_setting,
+    parse,
+    parse_typed,
+    render_size,
+)
+from cachefs.config import KIB, MIB, Addressing, CacheConfig, Config, FuseConfig, S3Config
+from cachefs.errors import ConfigError
+
+FALLBACKS: dict[str, tuple[str, ...]] = {
+    "endpoint-url": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+    "region": ("AWS_REGION", "AWS_DEFAULT_REGION"),
+    "profile": ("AWS_PROFILE",),
+    "ca-bundle": ("AWS_CA_BUNDLE",),
+}
+"""Variables of the AWS tools that fill a setting which nothing else sets."""
+
+MIN_BLOCK_BYTES, MAX_BLOCK_BYTES = 64 * KIB, 16 * MIB
+MIN_MEMORY_BYTES = 128 * MIB
+LOG_LEVELS = ("debug", "info", "warning", "error")
+_PATHS = ("cache_dir", "runtime_dir", "shm_dir", "ca_bundle", "log_file")
+_MAX_FILE_BYTES = MIB
+
+
+def load_config(
+    options: Mapping[str, object], environment: Mapping[str, str], config_file: str | None = None
+) -> Config:
+    """Return the complete, validated configuration.
+
+    `options` maps names of settings (field or key) to values, parsed or still text; None means "not given". Without
+    `config_file` the variable CACHEFS_CONFIG may name one. Raises ConfigError.
+    """
+    config = build_config(options, environment, config_file)
+    validate(config)
+    return config
+
+
+def build_config(
+    options: Mapping[str, object], environment: Mapping[str, str], config_file: str | None = None
+) -> Config:
+    """Merge all sources and fill in default directories; values are read but not yet checked. Raises ConfigError."""
+    file_name = config_file or environment.get(f"{ENVIRONMENT_PREFIX}CONFIG") or None
+    values: dict[str, Any] = {}
+    for layer in (_from_file(file_name) if file_name else {}, _from_environment(environment), _from_options(options)):
+        values.update(layer)
+    for name, value in _from_aws_environment(environment, values).items():
+        values.setdefault(name, value)
+    _fill_directories(values, environment)
+    sections: dict[str, dict[str, Any]] = {f.name: {} for f in dataclasses.fields(Config)}
+    for setting in SETTINGS:
+        if setting.field in values:
+            sections[setting.section][setting.field] = values[setting.field]
+    kinds = typing.get_type_hints(Config)
+    return Config(**{name: kinds[name](**fields) for name, fields in sections.items()})
+
+
+# -- where values come from ------------------------------------------------------------------------
+
+
+def _from_options(options: Mapping[str, object]) -> dict[str, Any]:
+    values = {}
+    for name, value in options.items():
+        if value is None or name == CONFIG_PARAMETER:
+            continue
+        setting = find_setting(name)
+        if setting is None:
+            raise ConfigError(f"unknown option '{name}'{_hint(name)}")
+        try:
+            values[setting.field] = parse(setting, value) if isinstance(value, str) else value
+        except ValueError as error:
+            raise ConfigError(f"{setting.option or setting.key}: {error}") from error
+    return values
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Read the CACHEFS_ variables. Unknown ones are left alone: Kubernetes makes a CACHEFS_PORT of its own."""
+    values = {}
+    for setting in SETTINGS:
+        text = environment.get(setting.variable)
+        if text is None or (text == "" and setting.kind is not str):
+            continue
+        try:
+            values[setting.field] = parse(setting, text)
+        except ValueError as error:
+            raise ConfigError(f"environment variable {setting.variable}: {error}") from error
+    return values
+
+
+def _from_aws_environment(environment: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, Any]:
+    found = {}
+    for key, names in FALLBACKS.items():
+        setting = find_setting(key)
+        text = next((environment[name] for name in names if environment.get(name)), None)
+        # an unsigned request has no use for a profile, and refusing it for a variable of other tools would help nobody
+        if setting is not None and text and not (key == "profile" and values.get("anonymous")):
+            found[setting.field] = text
+    return found
+
+
+def _from_file(name: str) -> dict[str, Any]:
+    try:
+        with Path(name).open("rb") as file:
+            raw = file.read(_MAX_FILE_BYTES + 1)
+        if len(raw) > _MAX_FILE_BYTES:
+            raise ConfigError(f"{name}: larger than {render_size(_MAX_FILE_BYTES)}, which no configuration file is")
+        text = raw.decode("utf-8")
+        table = tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration file {name}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name}: not a text file in UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{name}: {error}") from error
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        where = f"{name}{_line_of(text, key)}"
+        setting = find_setting(key)
+        if setting is None:
+            kind = "table" if isinstance(value, dict) else "key"
+            raise ConfigError(f"{where}: unknown {kind} '{key}'{_hint(key)}")
+        if setting.field in values:
+            raise ConfigError(f"{where}: '{key}' is set twice")
+        try:
+            values[setting.field] = parse_typed(setting, value)
+        except ValueError as error:
+            raise ConfigError(f"{where}: {key}: {error}") from error
+    return values
+
+
+def _line_of(text: str, key: str) -> str:
+    """Return ", line N" of the first assignment of `key` (tomllib does not keep positions), or nothing."""
+    pattern = re.compile(r"""\s*\[*\s*["']?""" + re.escape(key) + r"""["']?\s*[=.\]]""")
+    for number, line in enumerate(text.splitlines(), start=1):
+        if pattern.match(line):
+            return f", line {number}"
+    return ""
+
+
+def nearest_key(name: str) -> str | None:
+    """Return the key that somebody who wrote `name` probably meant."""
+    close = difflib.get_close_matches(name.replace("_", "-").lower(), [s.key for s in SETTINGS], n=1)
+    return close[0] if close else None
+
+
+def _hint(name: str) -> str:
+    near = nearest_key(name)
+    return f"; did you mean '{near}'?" if near else ""
+
+
+# -- directories -----------------------------------------------------------------------------------
+
+
+def _fill_directories(values: dict[str, Any], environment: Mapping[str, str]) -> None:
+    """Set the default directories and make all paths absolute: the processes that use them run in another directory."""
+    uid = os.geteuid()
+    home = environment.get("HOME") or _home_of(uid)
+    if not values.get("cache_dir"):
+        values["cache_dir"] = runtime.default_cache_dir(uid, home)
+    if not values.get("runtime_dir"):
+        values["runtime_dir"] = runtime.default_runtime_dir(uid, environment.get("XDG_RUNTIME_DIR", ""))
+    for name in _PATHS:
+        path = values.get(name)
+        if path:
+            path = home + path[1:] if path == "~" or path.startswith("~/") else path
+            values[name] = os.path.abspath(path)
+
+
+def _home_of(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_dir
+    except KeyError:
+        return "/tmp"  # noqa: S108 - a user without a home (containers): the directory below it is made 0700 and its owner checked
+
+
+# -- what cannot work ------------------------------------------------------------------------------
+
+
+def validate(config: Config) -> None:
+    """Refuse what cannot work. Raises ConfigError with one line that names the option and what would do."""
+    _validate_numbers(config)
+    _validate_s3(config.s3)
+    _validate_cache(config.cache)
+    _validate_fuse(config.fuse)
+    if config.log.log_level not in LOG_LEVELS:
+        raise ConfigError(f"--log-level {config.log.log_level}: must be one of {', '.join(LOG_LEVELS)}")
+
+
+def _validate_numbers(config: Config) -> None:
+    for setting in SETTINGS:
+        value = getattr(getattr(config, setting.section), setting.field)
+        if setting.unit == "duration":
+            _validate_duration(setting, value)
+        elif setting.unit == "bytes" and not 0 <= value < 1 << 62:
+            raise ConfigError(f"--{setting.key} {value}: must be between 0 and 4 EiB")
+        elif setting.unit == "octal" and not 0 <= value <= 0o7777:
+            raise ConfigError(f"--{setting.key} {value:o}: must be between 0000 and 7777")
+
+
+def _validate_duration(setting: Setting, value: float) -> None:
+    if math.isnan(value) or value < 0:
+        raise ConfigError(f"--{setting.key} {value:g}: a time cannot be negative")
+    may_end_never = setting.field in ("metadata_ttl_s", "negative_ttl_s", "agent_idle_timeout_s")
+    if math.isinf(value) and not may_end_never:
+        raise ConfigError(f"--{setting.key} forever: must end at some time")
+    if value == 0 and setting.field.endswith("timeout_s") and setting.field != "agent_idle_timeout_s":
+        raise ConfigError(f"--{setting.key} 0: must be more than 0")
+
+
+def _validate_s3(s3: S3Config) -> None:
+    if s3.anonymous and s3.profile:
+        raise ConfigError(
+            f"--anonymous sends no credentials, so --profile {s3.profile} cannot be meant: leave out one of them"
+        )
+    if s3.endpoint_url and not re.fullmatch(r"https?://[^/?#\s@]+(/[^?#\s]*)?", s3.endpoint_url):
+        hint = " (keys do not belong into the address)" if "@" in s3.endpoint_url else ""
+        shown = re.sub(r"//[^/@]*@", "//***@", s3.endpoint_url)
+        raise ConfigError(f"--endpoint-url {shown}: must look like https://HOST[:PORT]{hint}")
+    if s3.addressing is Addressing.VIRTUAL and re.match(r"https?://(\d+\.\d+\.\d+\.\d+|\[)", s3.endpoint_url):
+        raise ConfigError(
+            "--virtual-host-style needs a host name, and --endpoint-url has an IP address: use --path-style"
+        )
+    if s3.ca_bundle and not os.path.isfile(s3.ca_bundle):
+        raise ConfigError(f"--ca-bundle {s3.ca_bundle}: no such file")
+    if not 1 <= s3.max_requests <= 1024:
+        raise ConfigError(f"--max-requests {s3.max_requests}: must be between 1 and 1024")
+
+
+def _validate_cache(cache: CacheConfig) -> None:
+    size = cache.block_size_bytes
+    if size & (size - 1) or not MIN_BLOCK_BYTES <= size <= MAX_BLOCK_BYTES:
+        raise ConfigError(f"--block-size {render_size(size)}: must be a power of two from 64KiB to 16MiB")
+    if cache.memory_limit_bytes < MIN_MEMORY_BYTES:
+        raise ConfigError(f"--memory-limit {render_size(cache.memory_limit_bytes)}: must be at least 128MiB")
+    for key, tier_bytes in (("cache-size", cache.cache_size_bytes), ("shm-size", cache.shm_size_bytes)):
+        least = max(16 * size, 16 * MIB)
+        if 0 < tier_bytes < least:
+            raise ConfigError(
+                f"--{key} {render_size(tier_bytes)}: must be at least {render_size(least)} (16 blocks), "
+                "or 0 to do without this tier"
+            )
+    if os.path.exists(cache.cache_dir) and not os.path.isdir(cache.cache_dir):
+        raise ConfigError(f"--cache-dir {cache.cache_dir}: is not a directory")
+    if cache.shm_size_bytes:
+        _validate_shm(cache)
+
+
+def _validate_shm(cache: CacheConfig) -> None:
+    try:
+        stat = os.statvfs(cache.shm_dir)
+    except OSError as error:
+        raise ConfigError(
+            f"--shm-dir {cache.shm_dir}: {error.strerror}; use --shm-size 0 to do without the shm tier"
+        ) from error
+    total = stat.f_blocks * stat.f_frsize
+    if total and cache.shm_size_bytes > total:  # a tmpfs mounted without a limit reports 0
+        wanted, fits = render_size(cache.shm_size_bytes), render_size(total // 2 // MIB * MIB)
+        raise ConfigError(
+            f"--shm-size {wanted}: the tmpfs {cache.shm_dir} holds only {render_size(total // MIB * MIB)}; "
+            f"use --shm-size {fits}, "
+            f"or enlarge it: mount -o remount,size={wanted.replace('iB', '').lower()} {cache.shm_dir}"
+        )
+
+
+def _validate_fuse(fuse: FuseConfig) -> None:
+    if not fuse.read_only:
+        raise ConfigError("--no-read-only: writing is not offered yet; mount with --read-only")
+    for key, number in (("uid", fuse.uid), ("gid", fuse.gid)):
+        if not -1 <= number < 1 << 32:
+            raise ConfigError(f"--{key} {number}: must be between 0 and 4294967295, or -1 for whoever mounts")
+    for key, mode in (("file-mode", fuse.file_mode), ("dir-mode", fuse.dir_mode)):
+        if mode > 0o777:
+            raise ConfigError(f"--{key} {mode:04o}: set-user-id, set-group-id and sticky bits are not offered")

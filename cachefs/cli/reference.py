@@ -1,0 +1,108 @@
+"""Writes the reference documents from the code: ``python -m cachefs.cli.reference docs`` (or ``make docs``).
+
+    docs/CONFIGURATION.md    every setting of `cachefs.config`
+    docs/COUNTERS.md         every counter of `cachefs.metrics`
+
+A test compares the files with what is written here, so nothing without documentation can be released.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from cachefs.cli.load import FALLBACKS
+from cachefs.cli.options import SETTINGS, Setting, choices, render
+from cachefs.metrics import METRICS
+
+_SECTION_TITLES = {
+    "s3": "The store",
+    "cache": "The cache of the node",
+    "metadata": "How new names have to be",
+    "fuse": "The mount",
+    "log": "Logging",
+}
+
+_DOCUMENT_HEAD = """\
+# Configuration
+
+<!-- Written by `make docs`; change cachefs/config.py instead. -->
+
+Every setting is an option of `cachefs mount`, an environment variable and a key of a configuration file. Where one is
+given more than once, the first of these wins: **option, environment variable, file, default**.
+
+* **File**: TOML without tables, given with `--config FILE` or `CACHEFS_CONFIG`. A key that does not exist is an error.
+
+      endpoint-url = "https://s3.example.com"
+      cache-size = "200GiB"
+      metadata-ttl = "5m"
+      allow-other = true
+
+* **Sizes**: `50GiB`, `64MiB`, `1.5GB` (decimal units), `512M` (the same as `512MiB`), or plain bytes.
+* **Times**: `250ms`, `60s`, `5m`, `1h`, `7d`, plain seconds, or `forever`.
+* **Modes**: octal, in a file as a string: `"0444"`.
+* **Yes or no**: `--allow-other` or `--no-allow-other`; `true` or `false` in a file or a variable.
+* **Mount options**: `-o cache-size=50GiB,allow-other` means the same as the options; fstab uses this form.
+
+A value that cannot work is refused with one line and exit code 2; nothing is adjusted silently.
+
+These variables of the AWS tools are used where neither option, `CACHEFS_` variable nor file says anything:
+{fallbacks}.
+Keys come from where all AWS tools take them: profile, `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`, web identity,
+instance role. They have no option on purpose: a command line can be read by every user of the machine.
+"""
+
+
+def configuration() -> str:
+    """Return the text of docs/CONFIGURATION.md."""
+    fallbacks = ", ".join(f"{' or '.join(f'`{name}`' for name in names)} (`{key}`)" for key, names in FALLBACKS.items())
+    lines = [_DOCUMENT_HEAD.format(fallbacks=fallbacks)]
+    for section, title in _SECTION_TITLES.items():
+        lines += [
+            f"## {title}",
+            "",
+            "| option | variable | key | default | meaning |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for setting in (s for s in SETTINGS if s.section == section):
+            option = f"`{setting.option.replace('/', '`, `')}`" if setting.option else f"(argument `{setting.metavar}`)"
+            if setting.field == "addressing":
+                option += ", `--path-style`, `--virtual-host-style`"
+            shown = f"`{render(setting, setting.default)}`".replace("``", "")
+            cells = (option, f"`{setting.variable}`", f"`{setting.key}`", shown, _meaning(setting))
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _meaning(setting: Setting) -> str:
+    text = setting.help
+    if choices(setting):
+        text += f" One of {', '.join(f'`{value}`' for value in choices(setting))}."
+    return text.replace("|", "\\|")
+
+
+_COUNTERS_HEAD = """\
+# Counters
+
+<!-- Written by `make docs`; change cachefs/metrics.py instead. -->
+
+What the `counters` of `cachefs status --json` mean ([STATUS.md](STATUS.md)). Counters only grow, and start again with
+the process that counts: those of a mount with its worker, those of an agent with the agent. One that is not there is 0.
+
+| counter | unit | meaning |
+| --- | --- | --- |
+"""
+
+
+def counters() -> str:
+    """Return the text of docs/COUNTERS.md."""
+    rows = (f"| `{metric.name}` | {metric.unit.value} | {metric.help} |\n" for metric in METRICS.values())
+    return _COUNTERS_HEAD + "".join(rows)
+
+
+DOCUMENTS = {"CONFIGURATION.md": configuration, "COUNTERS.md": counters}
+
+if __name__ == "__main__":
+    for name, write in DOCUMENTS.items():
+        Path(sys.argv[1], name).write_text(write(), encoding="utf-8")

@@ -1,0 +1,212 @@
+"""The one configuration: every setting of cachefs, declared once.
+
+Command line options, environment names, keys of the configuration file and docs/CONFIGURATION.md are all derived from
+the fields below (`cachefs.cli.options`): a field `cache_size_bytes` is the option ``--cache-size``, the variable
+``CACHEFS_CACHE_SIZE`` and the key ``cache-size``. Order: option > environment > file > default.
+
+Units are in the field names (`_bytes`, `_s`); people write ``50GiB`` and ``60s``. Layers receive their section only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from cachefs.types import Consistency
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+
+class Addressing(enum.StrEnum):
+    """How the bucket's name enters the URL."""
+
+    AUTO = "auto"
+    PATH = "path"
+    VIRTUAL = "virtual"
+
+
+class Engine(enum.StrEnum):
+    """How requests of the kernel are answered."""
+
+    CHANNEL = "channel"
+    PYFUSE3 = "pyfuse3"
+
+
+class LowLatency(enum.StrEnum):
+    """When the wake-up guard holds /dev/cpu_dma_latency."""
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    OFF = "off"
+
+
+class LogFormat(enum.StrEnum):
+    """How log lines look."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+def setting(default: Any, text: str, *, unit: str = "", metavar: str = "", hidden: bool = False) -> Any:
+    """Declare one setting: its default, its help text and how it is written (`unit`: "bytes", "duration" or "")."""
+    return field(default=default, metadata={"help": text, "unit": unit, "metavar": metavar, "hidden": hidden})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class S3Config:
+    """Where the objects live and how they are reached."""
+
+    source: str = setting("", "What to mount: s3://BUCKET[/PREFIX] or file://DIRECTORY.", metavar="SOURCE", hidden=True)
+    endpoint_url: str = setting("", "Address of an S3-compatible server; empty: AWS.", metavar="URL")
+    region: str = setting(
+        "", "Region of the bucket; empty: from the profile or the environment, else us-east-1.", metavar="NAME"
+    )
+    profile: str = setting("", "Profile of the AWS configuration files.", metavar="NAME")
+    anonymous: bool = setting(False, "Send unsigned requests (public buckets).")
+    addressing: Addressing = setting(
+        Addressing.AUTO, "Bucket name in the path or in the host name (auto: path with --endpoint-url, else host)."
+    )
+    ca_bundle: str = setting("", "PEM file with the certificate authorities to trust for the endpoint.", metavar="FILE")
+    connect_timeout_s: float = setting(5.0, "How long to wait for a connection to the store.", unit="duration")
+    request_timeout_s: float = setting(10.0, "How long one request to the store may take.", unit="duration")
+    io_timeout_s: float = setting(
+        30.0, "How long a reader waits for the store, retries included, before it gets EIO.", unit="duration"
+    )
+    max_requests: int = setting(
+        32, "Requests to the store in flight at once (lowered by itself while it throttles).", metavar="N"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """The tiers of the node and their hard budgets."""
+
+    cache_dir: str = setting(
+        "", "Directory of the disk tier (default /var/cache/cachefs, or below ~/.cache).", metavar="DIR"
+    )
+    cache_size_bytes: int = setting(20 * GIB, "Most bytes that the disk tier takes (0: no disk tier).", unit="bytes")
+    shm_dir: str = setting(
+        "/dev/shm",  # noqa: S108 - a tmpfs, with a directory of our own (0700) in it
+        "A tmpfs for the shm tier.",
+        metavar="DIR",
+        hidden=True,
+    )
+    shm_size_bytes: int = setting(
+        2 * GIB, "Most bytes that the shm tier takes of the node's memory (0: no shm tier).", unit="bytes"
+    )
+    block_size_bytes: int = setting(
+        MIB,
+        "Size of a block; fixed when the cache directory is first used (64KiB to 16MiB, a power of two).",
+        unit="bytes",
+    )
+    memory_limit_bytes: int = setting(
+        256 * MIB,
+        "Most anonymous memory of the agent (the tiers have their own limits; at least 128MiB).",
+        unit="bytes",
+    )
+    runtime_dir: str = setting(
+        "",
+        "Directory for sockets and state of running mounts (default /run/cachefs, or below $XDG_RUNTIME_DIR).",
+        metavar="DIR",
+    )
+    agent_idle_timeout_s: float = setting(
+        30.0, "How long an agent without mounts stays, with the shm tier still warm.", unit="duration"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetadataConfig:
+    """How new names have to be."""
+
+    consistency: Consistency = setting(
+        Consistency.TTL,
+        "immutable: names never change; ttl: asked again after --metadata-ttl; strict: every open asks the store.",
+    )
+    metadata_ttl_s: float = setting(
+        60.0, "How long a listing or a found name is trusted; 'forever' is allowed.", unit="duration"
+    )
+    negative_ttl_s: float = setting(5.0, "How long a name that was not found is trusted not to exist.", unit="duration")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FuseConfig:
+    """The mount itself."""
+
+    read_only: bool = setting(True, "Mount read-only (the only mode of this version).")
+    uid: int = setting(-1, "Owner of all files (-1: whoever mounts).", metavar="UID")
+    gid: int = setting(-1, "Group of all files (-1: that of whoever mounts).", metavar="GID")
+    file_mode: int = setting(0o444, "Permissions of files, octal.", unit="octal")
+    dir_mode: int = setting(0o555, "Permissions of directories, octal.", unit="octal")
+    allow_other: bool = setting(False, "Let other users into the mount (always on for root).")
+    engine: Engine = setting(
+        Engine.CHANNEL, "channel: reads are answered in front of libfuse; pyfuse3: all through libfuse."
+    )
+    low_latency: LowLatency = setting(
+        LowLatency.AUTO,
+        "Keep idle CPUs awake: auto, while requests are frequent; always; off. Needs /dev/cpu_dma_latency.",
+    )
+    read_ahead_bytes: int = setting(4 * MIB, "Read-ahead of the kernel for this mount (needs root).", unit="bytes")
+    foreground: bool = setting(False, "Stay in the foreground and log to stderr.")
+    ready_timeout_s: float = setting(30.0, "How long `cachefs mount` waits for the mount to answer.", unit="duration")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogConfig:
+    """What is written down."""
+
+    log_level: str = setting("info", "debug, info, warning or error.", metavar="LEVEL")
+    log_format: LogFormat = setting(LogFormat.TEXT, "text or json.")
+    log_file: str = setting(
+        "", "Where to log (default: a file in the runtime directory; stderr with --foreground).", metavar="FILE"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """All sections. `validate` refuses what cannot work; nothing is clamped silently."""
+
+    s3: S3Config = field(default_factory=S3Config)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    metadata: MetadataConfig = field(default_factory=MetadataConfig)
+    fuse: FuseConfig = field(default_factory=FuseConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def as_plain(section: Any) -> dict[str, Any]:
+    """Return a section (or the whole Config) as JSON-able values; infinity becomes the string "forever"."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, enum.Enum):
+            return value.value
+        if isinstance(value, float) and math.isinf(value):
+            return "forever"
+        return value
+
+    result: dict[str, Any] = plain(section)
+    return result
+
+
+def from_plain(cls: type[Any], values: dict[str, Any]) -> Any:
+    """Rebuild a section (or the whole Config) from `as_plain`'s output."""
+    import typing
+
+    hints = typing.get_type_hints(cls)
+    built: dict[str, Any] = {}
+    for f in dataclasses.fields(cls):
+        if f.name not in values:
+            continue
+        kind, value = hints[f.name], values[f.name]
+        if dataclasses.is_dataclass(kind):
+            built[f.name] = from_plain(typing.cast("type[Any]", kind), value)
+        elif kind is float and value == "forever":
+            built[f.name] = math.inf
+        elif isinstance(kind, type) and issubclass(kind, enum.Enum):
+            built[f.name] = kind(value)
+        else:
+            built[f.name] = value
+    return cls(**built)

@@ -1,0 +1,79 @@
+"""Requests whose caller is dying.
+
+The kernel waits for the answer to a request that was taken, even after kill -9 of the caller: a process that reads
+while the store is away would hang as an unkillable one until the deadline. The kernel says so with one INTERRUPT
+message, but it sends that for ANY signal, also for the harmless ones that runtimes use all day (SIGCHLD, Go's
+SIGURG), and most programs do not expect EINTR from a file. So a request is given up only when its caller has a
+SIGKILL pending, which is also how the kernel delivers every other fatal signal to the threads of a process
+(kernel/signal.c, complete_signal).
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections.abc import Callable
+
+from cachefs.fuse.protocol import error_reply
+
+SIGKILL_BIT = 1 << (9 - 1)
+POLL_S = 0.1
+MAX_WAITING = 65536
+
+
+def is_dying(pid: int) -> bool:
+    """Return whether thread `pid` is gone or has a fatal signal pending."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as lines:
+            for line in lines:
+                if line.startswith(("SigPnd:", "ShdPnd:")) and int(line.split()[1], 16) & SIGKILL_BIT:
+                    return True
+                if line.startswith("State:") and line.split()[1] in "ZX":
+                    return True
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return False
+
+
+class Interrupts:
+    """Which requests wait, for whom, and which of them the kernel asked to interrupt. Safe from any thread."""
+
+    def __init__(self, write: Callable[[bytes], None]) -> None:
+        self._write = write
+        self._callers: dict[int, int] = {}
+        self._interrupted: dict[int, int] = {}
+        self._wake = threading.Event()
+        self._started = False
+
+    def waits(self, unique: int, pid: int) -> None:
+        """Request `unique` of thread `pid` was taken and will be answered later."""
+        if len(self._callers) < MAX_WAITING:
+            self._callers[unique] = pid
+
+    def done(self, unique: int) -> None:
+        """Request `unique` is being answered."""
+        self._callers.pop(unique, None)
+        self._interrupted.pop(unique, None)
+
+    def add(self, unique: int) -> None:
+        """The kernel asks to interrupt `unique`."""
+        pid = self._callers.get(unique)
+        if not pid:  # answered already, or a caller in a process namespace that we can't see into
+            return
+        self._interrupted[unique] = pid
+        if not self._started:
+            self._started = True
+            threading.Thread(target=self._watch, name="interrupts", daemon=True).start()
+        self._wake.set()
+
+    def _watch(self) -> None:
+        while True:
+            self._wake.wait()
+            self._wake.clear()
+            while self._interrupted:
+                for unique, pid in list(self._interrupted.items()):
+                    if is_dying(pid):
+                        self.done(unique)
+                        self._write(error_reply(unique, errno.EINTR))
+                time.sleep(POLL_S)

@@ -1,0 +1,70 @@
+"""The messages of /dev/fuse that cachefs reads and writes itself.
+
+Source: include/uapi/linux/fuse.h, protocol 7.31 to 7.45. Everything not here passes through libfuse unread.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+
+
+class Opcode(enum.IntEnum):
+    """Request codes (enum fuse_opcode) that the channel answers or must know."""
+
+    LOOKUP = 1
+    FORGET = 2
+    GETATTR = 3
+    OPEN = 14
+    READ = 15
+    STATFS = 17
+    RELEASE = 18
+    GETXATTR = 22
+    FLUSH = 25
+    INIT = 26
+    OPENDIR = 27
+    READDIR = 28
+    RELEASEDIR = 29
+    ACCESS = 34
+    INTERRUPT = 36
+    DESTROY = 38
+    BATCH_FORGET = 42
+    READDIRPLUS = 44
+
+
+IN_HEADER = struct.Struct("<IIQQ")
+"""len, opcode, unique, nodeid: the first 24 of the header's 40 bytes."""
+IN_HEADER_SIZE = 40
+IN_PID = struct.Struct("<I")
+IN_PID_OFFSET = 32
+READ_IN = struct.Struct("<QQI")
+"""fh, offset, size."""
+INTERRUPT_IN = struct.Struct("<Q")
+GETXATTR_IN = struct.Struct("<II")
+"""size, padding; the name follows, ended by a zero byte."""
+OUT_HEADER = struct.Struct("<IiQ")
+"""len, error (0 or a negative errno), unique."""
+OUT_HEADER_SIZE = 16
+OPEN_OUT = struct.Struct("<QIi")
+"""fh, open_flags, backing_id."""
+ATTR = struct.Struct("<QQQQQQIIIIIIIIII")
+"""ino, size, blocks, atime, mtime, ctime, their nanoseconds (3), mode, nlink, uid, gid, rdev, blksize, flags."""
+ENTRY_OUT = struct.Struct("<QQQQII")
+"""nodeid, generation, entry_valid, attr_valid, entry_valid_nsec, attr_valid_nsec; an ATTR follows."""
+ATTR_OUT = struct.Struct("<QII")
+"""attr_valid, attr_valid_nsec, padding; an ATTR follows."""
+DIRENT = struct.Struct("<QQII")
+"""ino, off, namelen, type; the name follows, padded to 8 bytes."""
+INIT_OUT = struct.Struct("<IIIIHHIIHHII")
+"""major, minor, max_readahead, flags, max_background, congestion_threshold, max_write, time_gran, max_pages,
+map_alignment, flags2, max_stack_depth."""
+
+FOPEN_KEEP_CACHE = 1 << 1
+FOPEN_CACHE_DIR = 1 << 3
+
+ROOT_ID = 1
+
+
+def error_reply(unique: int, code: int) -> bytes:
+    """Return the answer that fails request `unique` with errno `code` (positive)."""
+    return OUT_HEADER.pack(OUT_HEADER_SIZE, -code, unique)

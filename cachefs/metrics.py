@@ -1,0 +1,128 @@
+"""Every counter of cachefs: its name, unit and meaning in one place, and the small class that counts.
+
+Layers count at their boundary only, under the names declared here, so that `cachefs status` can describe each
+figure and two layers never give one name to two things. Counters only grow; states (used bytes, blocks, pending
+work) are no counters: they are asked for when somebody wants them.
+
+INVARIANT: `Counters` is safe from any thread. A counter comes into being when it is first added to, so a snapshot
+holds only what happened.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+class Unit(enum.StrEnum):
+    """What a counter counts."""
+
+    COUNT = "count"
+    BYTES = "bytes"
+    SECONDS = "seconds"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One counter."""
+
+    name: str
+    unit: Unit
+    help: str
+
+
+def _bytes(name: str, text: str) -> Metric:
+    return Metric(name, Unit.BYTES, text)
+
+
+def _count(name: str, text: str) -> Metric:
+    return Metric(name, Unit.COUNT, text)
+
+
+# The shm tier: hits are counted by the worker, who reads it; the rest by the agent, who writes it.
+SHM_HITS = _count("shm_hits", "Reads or fills that found their block in the shm tier.")
+SHM_HIT_BYTES = _bytes("shm_hit_bytes", "Bytes that came from the shm tier.")
+SHM_MISSES = _count("shm_misses", "Blocks that were looked for in the shm tier and were not there.")
+SHM_WRITES = _count("shm_writes", "Blocks committed to the shm tier.")
+SHM_WRITE_BYTES = _bytes("shm_write_bytes", "Bytes committed to the shm tier.")
+SHM_EVICTIONS = _count("shm_evictions", "Blocks evicted from the shm tier to make room.")
+SHM_CORRUPT = _count("shm_corrupt", "Blocks of the shm tier that failed their check and were dropped.")
+SHM_FAULTS = _count("shm_faults", "Operations that the shm tier could not do (full, gone); each was handled as a miss.")
+
+# The disk tier.
+DISK_HITS = _count("disk_hits", "Blocks that were read from the disk tier.")
+DISK_HIT_BYTES = _bytes("disk_hit_bytes", "Bytes that came from the disk tier.")
+DISK_MISSES = _count("disk_misses", "Blocks that were looked for in the disk tier and were not there.")
+DISK_WRITES = _count("disk_writes", "Blocks committed to the disk tier.")
+DISK_WRITE_BYTES = _bytes("disk_write_bytes", "Bytes committed to the disk tier.")
+DISK_EVICTIONS = _count("disk_evictions", "Blocks evicted from the disk tier to make room.")
+DISK_CORRUPT = _count("disk_corrupt", "Blocks of the disk tier that failed their check and were dropped.")
+DISK_FAULTS = _count(
+    "disk_faults", "Operations that the disk tier could not do (full, read-only); each was handled as a miss."
+)
+
+# Fills: what the agent does about a miss.
+ORIGIN_FILLS = _count("origin_fills", "Blocks that came from the object store.")
+ORIGIN_FILL_BYTES = _bytes("origin_fill_bytes", "Bytes of those blocks.")
+ORIGIN_FILL_REQUESTS = _count("origin_fill_requests", "Range reads made for those blocks (neighbours share one).")
+ORIGIN_FILL_ERRORS = _count("origin_fill_errors", "Blocks whose range read failed.")
+FILLS_JOINED = _count("fills_joined", "Fills that waited for a block that was already on its way (single flight).")
+FILLS_INLINE = _count("fills_inline", "Blocks whose bytes were handed over directly because no tier could take them.")
+READAHEAD_BLOCKS = _count("readahead_blocks", "Blocks that were asked for before a reader wanted them.")
+READAHEAD_DROPPED = _count(
+    "readahead_dropped", "Readahead blocks that were given up: too many waiting, no room, or the store failed."
+)
+SPILLS = _count("spills", "Blocks written from the shm tier to the disk tier in the background.")
+SPILL_BYTES = _bytes("spill_bytes", "Bytes of those blocks.")
+SPILLS_LOST = _count("spills_lost", "Blocks that left the shm tier before the disk tier could take them.")
+
+# The object store, counted around every request (`cachefs.store.retry`).
+ORIGIN_REQUESTS = _count("origin_requests", "Requests sent to the object store, retries included.")
+ORIGIN_BYTES = _bytes("origin_bytes", "Bytes of object bodies received.")
+ORIGIN_LIST_REQUESTS = _count("origin_list_requests", "Listing requests among them.")
+ORIGIN_HEAD_REQUESTS = _count("origin_head_requests", "HEAD requests among them.")
+ORIGIN_GET_REQUESTS = _count("origin_get_requests", "GET requests among them.")
+ORIGIN_RETRIES = _count("origin_retries", "Requests that were repeated.")
+ORIGIN_ERRORS = _count("origin_errors", "Requests that ended in an error other than 'not found'.")
+ORIGIN_THROTTLED = _count(
+    "origin_throttled", "Requests that the store refused because of their rate (503 SlowDown, 429)."
+)
+
+# The worker: what the kernel asked.
+FUSE_READS = _count("fuse_reads", "READ requests of the kernel.")
+FUSE_READ_BYTES = _bytes("fuse_read_bytes", "Bytes given to the kernel.")
+FUSE_REQUESTS = _count("fuse_requests", "All requests of the kernel, READ included.")
+FUSE_ERRORS = _count("fuse_errors", "Requests that were answered with an error other than ENOENT or ENODATA.")
+READ_MISSES = _count("read_misses", "READ requests that had to ask the agent.")
+READ_MISS_SECONDS = Metric("read_miss_seconds", Unit.SECONDS, "Time that those READ requests waited.")
+READAHEAD_REQUESTS = _count("readahead_requests", "Readahead messages sent to the agent.")
+GUARD_HELD_SECONDS = Metric("guard_held_seconds", Unit.SECONDS, "Time for which the wake-up guard was held.")
+
+METRICS: Mapping[str, Metric] = {value.name: value for value in list(globals().values()) if isinstance(value, Metric)}
+"""All counters by name."""
+
+
+class Counters:
+    """Named sums, safe from any thread. `add` costs about 0.2 us."""
+
+    __slots__ = ("_lock", "_values")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._values: dict[str, float] = {}
+
+    def add(self, name: str, n: float = 1) -> None:
+        """Add `n` to the counter `name`."""
+        with self._lock:
+            self._values[name] = self._values.get(name, 0) + n
+
+    def get(self, name: str) -> float:
+        """Return the counter `name` (0 when nothing was added)."""
+        return self._values.get(name, 0)
+
+    def snapshot(self) -> dict[str, float]:
+        """Return a copy of all counters."""
+        with self._lock:
+            return dict(self._values)

@@ -1,0 +1,1 @@
+"""A mount and its processes: the supervisor, its worker, and what starts and ends them."""

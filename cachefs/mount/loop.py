@@ -1,0 +1,114 @@
+"""A small single-threaded event loop: descriptors, timers and signals, and nothing that wakes up without a reason.
+
+The supervisor's memory is counted in single MiB and it must never wait for anything, so neither threads nor trio.
+
+INVARIANT: a callback that raises is logged and the loop goes on; a descriptor that was unwatched during a turn gets no
+event any more, even when its number was used again in that turn.
+"""
+
+from __future__ import annotations
+
+import selectors
+import signal
+import socket
+import time
+from collections.abc import Callable
+
+from cachefs.mount.journal import Journal
+
+Callback = Callable[[], object]
+
+
+class Loop:
+    """Calls back when descriptors are readable, timers ring or signals arrive."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._selector = selectors.DefaultSelector()
+        self._timers: dict[object, tuple[float, Callback]] = {}
+        self._running = False
+        self._wakeup: tuple[socket.socket, ...] = ()
+
+    def watch(self, descriptor: int, callback: Callback) -> None:
+        """Call `callback` whenever `descriptor` is readable, at its end or in error."""
+        self._selector.register(descriptor, selectors.EVENT_READ, callback)
+
+    def unwatch(self, descriptor: int) -> None:
+        """Stop watching; call it before the descriptor is closed. Unknown ones are ignored."""
+        try:
+            self._selector.unregister(descriptor)
+        except (KeyError, ValueError):
+            pass
+
+    def after(self, name: object, delay_s: float, callback: Callback) -> None:
+        """Call `callback` once after `delay_s`; a timer of the same name is replaced."""
+        self._timers[name] = (time.monotonic() + delay_s, callback)
+
+    def cancel(self, name: object) -> None:
+        """Forget the timer called `name`."""
+        self._timers.pop(name, None)
+
+    def catch_signals(self, numbers: tuple[signal.Signals, ...], callback: Callable[[int], object]) -> None:
+        """Call `callback` with the number of each signal that arrives, from the loop and not from a signal frame."""
+        ours, theirs = socket.socketpair()
+        for end in (ours, theirs):
+            end.setblocking(False)
+        for number in numbers:
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        self._wakeup = (ours, theirs)
+
+        def arrived() -> None:
+            for number in ours.recv(64):
+                if number in numbers:
+                    callback(number)
+
+        self.watch(ours.fileno(), arrived)
+
+    def stop(self) -> None:
+        """End `run` after the present callback."""
+        self._running = False
+
+    def close(self) -> None:
+        """Release what the loop itself holds; signals are not caught any more."""
+        if self._wakeup:
+            signal.set_wakeup_fd(-1)
+        for end in self._wakeup:
+            end.close()
+        self._selector.close()
+
+    def run(self) -> None:
+        """Call back until `stop`."""
+        self._running = True
+        while self._running:
+            for key, _ in self._selector.select(self._wait_s()):
+                current = self._selector.get_map().get(key.fd)
+                if current is not None and current.data is key.data and self._is_running():
+                    self._call(key.data)
+            self._ring()
+
+    def _is_running(self) -> bool:
+        return self._running  # a callback may have changed it, which mypy cannot see in the loops above
+
+    def _wait_s(self) -> float | None:
+        if not self._timers:
+            return None
+        return max(0.0, min(due for due, _ in self._timers.values()) - time.monotonic())
+
+    def _ring(self) -> None:
+        now = time.monotonic()
+        for name, (due, callback) in list(self._timers.items()):
+            if due <= now and self._is_running() and self._timers.get(name) == (due, callback):
+                del self._timers[name]
+                self._call(callback)
+
+    def _call(self, callback: Callback) -> None:
+        try:
+            callback()
+        except Exception as error:  # noqa: BLE001 - the boundary: a mount must outlive an error in its supervisor
+            trace = error.__traceback__
+            while trace is not None and trace.tb_next is not None:
+                trace = trace.tb_next
+            where = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace is not None else "?"
+            self._journal.error(f"an error in the supervisor itself: {type(error).__name__}: {error} at {where}")
+            time.sleep(0.05)  # should it repeat at once and for ever, it must not take a whole CPU

@@ -1,0 +1,91 @@
+"""The object store port: what cachefs needs from a place where objects live, and nothing more.
+
+All methods BLOCK and are called from threads (the agent owns the adapter). They raise only `cachefs.errors`.
+Retries are not in here: `cachefs.store.retry.RetryingStore` wraps any implementation with the one policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from cachefs.types import ObjectVersion
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """What a listing or a HEAD says of one object."""
+
+    key: str
+    size: int
+    """Bytes."""
+    etag: str
+    """Without quotes."""
+    mtime_ns: int
+    """LastModified, nanoseconds since the epoch."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """`x-amz-meta-*` without the prefix, lower-case names; only HEAD fills it."""
+
+    @property
+    def version(self) -> ObjectVersion:
+        """The identity of exactly these bytes."""
+        return ObjectVersion(self.key, self.etag, self.size)
+
+
+@dataclass(frozen=True, slots=True)
+class ListPage:
+    """One page of a listing, in the store's order (UTF-8 bytes of the keys; prefixes sort with their slash)."""
+
+    objects: tuple[ObjectInfo, ...]
+    prefixes: tuple[str, ...]
+    """Common prefixes, each ending with the delimiter; empty without a delimiter."""
+    next_token: str | None
+    """Give it to the next call; None on the last page."""
+
+
+class ObjectStore(Protocol):
+    """One bucket (or one directory, for ``file://``)."""
+
+    @property
+    def endpoint(self) -> str:
+        """The endpoint that enters block keys: two stores with equal endpoint and bucket hold the same objects."""
+        ...
+
+    @property
+    def bucket(self) -> str:
+        """The bucket's name (the directory, for ``file://``)."""
+        ...
+
+    def check(self, prefix: str) -> None:
+        """Make one cheap request that proves that the bucket exists and may be listed below `prefix`.
+
+        Raises: BucketNotFound, CredentialsError, AccessDenied, StorageUnavailable, each with a message for a person.
+        """
+        ...
+
+    def get_range(self, version: ObjectVersion, start: int, length: int) -> bytes | memoryview:
+        """Return exactly `length` > 0 bytes from byte `start` of exactly this version (If-Match).
+
+        Raises: StaleObject (412, or 404: this version is gone), AccessDenied, BadBody (truncated, over-long or of
+        another version), StorageUnavailable.
+        """
+        ...
+
+    def head(self, key: str) -> ObjectInfo:
+        """Return size, etag, time and user metadata of the object now behind `key`.
+
+        Raises: NotFound, AccessDenied, StorageUnavailable.
+        """
+        ...
+
+    def list_page(self, prefix: str, *, delimiter: str = "/", token: str | None = None, limit: int = 1000) -> ListPage:
+        """Return one page of at most `limit` entries below `prefix`. `delimiter` "" lists the whole key space below it.
+
+        Raises: BucketNotFound, AccessDenied, StorageUnavailable.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release connections. Further calls raise StorageUnavailable."""
+        ...

@@ -1,0 +1,169 @@
+"""The one retry policy, around any store: deadline, jittered backoff, the server's Retry-After, fewer requests at once.
+
+    request -> permit of the AIMD limiter -> inner store -> answer
+                 ^                             | retryable error
+                 +---- wait (jitter) <---------+ while the deadline allows it
+
+* Only GET, HEAD and LIST exist in the port, all idempotent; only errors that say `retryable` are tried again.
+* The deadline (`io_timeout_s`) holds for the reader: waiting for a permit counts, and no attempt is started that would
+  most likely outlive it, judging by how long the last one took. So the wait ends near the deadline, not at twice it.
+* The permit is given back during the wait, so a request that backs off does not keep others out.
+* `close()` ends all waits at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from cachefs.errors import CachefsError, StorageUnavailable
+from cachefs.store.counters import StoreCounters
+from cachefs.store.limiter import AimdLimiter
+from cachefs.store.port import ListPage, ObjectInfo, ObjectStore
+from cachefs.types import ObjectVersion
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryPolicy:
+    """When to try again. The wait before retry n (1-based) is random between half of and the whole of `ceiling(n)`."""
+
+    deadline_s: float = 30.0
+    """How long all attempts and waits of one call may take together."""
+    first_wait_s: float = 0.1
+    longest_wait_s: float = 5.0
+
+    def ceiling(self, retry: int) -> float:
+        """Return the longest wait before this retry."""
+        return min(self.longest_wait_s, self.first_wait_s * 2.0 ** min(retry - 1, 30))
+
+    def wait_s(self, retry: int, retry_after_s: float | None, left_s: float) -> float | None:
+        """Return how long to wait before this retry, None to give up.
+
+        Never shorter than the server asked for, never longer than `left_s`: the last attempt is made near the deadline.
+        """
+        asked = retry_after_s or 0.0
+        if left_s < max(asked, self.first_wait_s / 2):
+            return None
+        top = self.ceiling(retry)
+        return min(left_s, max(asked, random.uniform(top / 2, top)))
+
+
+class RetryingStore:
+    """An ObjectStore that retries, limits and counts. `counters` and `limiter` are there for status and metrics."""
+
+    def __init__(
+        self,
+        inner: ObjectStore,
+        policy: RetryPolicy | None = None,
+        *,
+        max_requests: int = 32,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.inner = inner
+        self.policy = policy if policy is not None else RetryPolicy()
+        self.counters = StoreCounters()
+        self.limiter = AimdLimiter(max_requests, clock=clock)
+        self._clock = clock
+        self._closed = threading.Event()
+
+    @property
+    def endpoint(self) -> str:
+        """That of the inner store."""
+        return self.inner.endpoint
+
+    @property
+    def bucket(self) -> str:
+        """That of the inner store."""
+        return self.inner.bucket
+
+    def check(self, prefix: str) -> None:
+        """See `ObjectStore.check`. Not retried: a person waits for it, and wants to know what is wrong now."""
+        self._once("list", lambda: self.inner.check(prefix), self.policy.deadline_s)
+
+    def get_range(self, version: ObjectVersion, start: int, length: int) -> bytes | memoryview:
+        """See `ObjectStore.get_range`."""
+        body = self._call("get", version.key, lambda: self.inner.get_range(version, start, length))
+        self.counters.received(len(body))
+        return body
+
+    def head(self, key: str) -> ObjectInfo:
+        """See `ObjectStore.head`."""
+        return self._call("head", key, lambda: self.inner.head(key))
+
+    def list_page(self, prefix: str, *, delimiter: str = "/", token: str | None = None, limit: int = 1000) -> ListPage:
+        """See `ObjectStore.list_page`."""
+
+        def page() -> ListPage:
+            return self.inner.list_page(prefix, delimiter=delimiter, token=token, limit=limit)
+
+        return self._call("list", prefix, page)
+
+    def close(self) -> None:
+        """End all waits, then close the inner store."""
+        self._closed.set()
+        self.limiter.close()
+        self.inner.close()
+
+    def _call(self, operation: str, key: str, request: Callable[[], T]) -> T:
+        started = self._clock()
+        attempt = 0
+        while True:
+            attempt += 1
+            sent = self._clock()
+            try:
+                return self._once(operation, request, max(0.0, self.policy.deadline_s - (sent - started)))
+            except StorageUnavailable as error:
+                if not error.retryable:
+                    raise
+                now = self._clock()
+                left = self.policy.deadline_s - (now - started) - (now - sent)
+                wait = self.policy.wait_s(attempt, error.retry_after_s, left)
+                if wait is None:
+                    raise _given_up(error, attempt, now - started) from error
+                _note(operation, key, attempt, wait, error)
+                if self._closed.wait(wait):
+                    raise StorageUnavailable("the store is closed", retryable=False) from error
+                self.counters.retried()
+
+    def _once(self, operation: str, request: Callable[[], T], timeout_s: float) -> T:
+        permit = self.limiter.acquire(timeout_s)
+        give_back: Callable[..., object] = self.limiter.failed
+        try:
+            self.counters.sent(operation)
+            answer = request()
+            give_back = self.limiter.succeeded
+            return answer
+        except CachefsError as error:
+            throttled = isinstance(error, StorageUnavailable) and error.throttled
+            if throttled:
+                give_back = self.limiter.throttled
+            self.counters.failed(error, throttled=throttled)
+            raise
+        finally:
+            give_back(permit)
+
+
+def _note(operation: str, key: str, attempt: int, wait: float, error: StorageUnavailable) -> None:
+    """Log a retry: a single one is normal with any store, the third of one request is worth a person's eye."""
+    level = {1: logging.DEBUG, 2: logging.INFO}.get(attempt, logging.WARNING)
+    log.log(level, "%s %r failed, attempt %d, next in %.2f s: %s", operation.upper(), key, attempt, wait, error)
+
+
+def _given_up(error: StorageUnavailable, attempts: int, elapsed_s: float) -> StorageUnavailable:
+    """Return the same kind of error with what was tried."""
+    times = "once" if attempts == 1 else f"{attempts} times"
+    return type(error)(
+        f"{error} (tried {times} in {elapsed_s:.1f} s)",
+        retryable=error.retryable,
+        retry_after_s=error.retry_after_s,
+        throttled=error.throttled,
+    )

@@ -1,0 +1,305 @@
+"""The file system of one mount, without FUSE: names, attributes, listings, reads, extended attributes.
+
+What is known and still valid is answered from the metadata store's memory map; everything else is asked of the agent,
+which commits the answer before it replies. All state that outlives a call is in the agent's environments, so the next
+worker goes on where this one stopped. Methods raise `cachefs.errors` only.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cachefs import errors
+from cachefs.types import NAME_MAX, FileKind, Ino, Tier, block_count
+from cachefs.vfs.attributes import FOREVER_S, AttributeRules, Attributes
+from cachefs.vfs.ports import AgentPort
+from cachefs.vfs.reading import FileView, ReadPath
+from metadata.freshness import Absent, Freshness, Known
+from metadata.records import Dentry, Directory
+
+log = logging.getLogger(__name__)
+
+XATTR_PREFIX = b"user.cachefs."
+XATTRS = (b"user.cachefs.etag", b"user.cachefs.key", b"user.cachefs.cached")
+READDIR_BATCH = 256
+FILL_TRIES = 3
+STRICT_DIRECTORY_S = 1.0
+FAILURE_S = 1.0
+"""For how long a failed read is remembered for the one repetition that the kernel makes."""
+MAX_FAILURES = 1024
+VIRTUAL_BYTES = 1 << 50
+"""What statfs calls the size of a bucket, which has none: 1 PiB."""
+VIRTUAL_FILES = 1 << 40
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """statfs(2) of the mount: bytes and objects that are known, below sizes that a bucket does not have."""
+
+    block_size: int
+    total_bytes: int
+    free_bytes: int
+    total_files: int
+    free_files: int
+
+
+class FileSystem:
+    """One mount of one volume."""
+
+    def __init__(
+        self,
+        reads: ReadPath,
+        agent: AgentPort,
+        freshness: Freshness,
+        rules: AttributeRules,
+        clock_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self.reads = reads
+        self._agent = agent
+        self._freshness = freshness
+        self._rules = rules
+        self._clock_ns = clock_ns
+        self._failures: dict[tuple[int, int], tuple[float, str]] = {}
+        """Reads that failed: until when, and why."""
+        self.copied_hits = self.copied_hit_bytes = self.copied_misses = self.copied_miss_bytes = 0
+        """What went through `read`; reads of the channel are counted there."""
+
+    # -- names
+    # ----------------------------------------------------------------------------------------------------------
+
+    def lookup_known(self, parent: Ino, name: bytes) -> tuple[Attributes | None, float] | None:
+        """Answer a name from what is known: (attributes or None for "does not exist", seconds valid); None: ask the
+        agent.
+        """
+        known = self._freshness.name(self.reads.names, parent, name, self._clock_ns())
+        if isinstance(known, Known):
+            inode = self.reads.names.inode(known.dentry.ino)
+            attributes = self._rules.of_dentry(known.dentry) if inode is None else self._rules.of_inode(inode)
+            return attributes, known.valid_s
+        if isinstance(known, Absent):
+            return None, known.valid_s
+        return None
+
+    async def lookup(self, parent: Ino, name: bytes) -> tuple[Attributes | None, float]:
+        """Return what `name` in `parent` is, and for how many seconds that holds. None: it does not exist.
+
+        Raises NameTooLong, NotADirectory, AccessDenied, StorageUnavailable.
+        """
+        if len(name) > NAME_MAX:
+            raise errors.NameTooLong(f"a name of {len(name)} bytes")
+        known = self.lookup_known(parent, name)
+        if known is not None:
+            return known
+        found = await self._agent.resolve(parent, name)
+        if found.ino is None:
+            return None, found.valid_s
+        inode = self.reads.names.inode(found.ino)
+        if inode is None:
+            raise errors.StorageUnavailable(f"inode {found.ino} was resolved but is not in the metadata store")
+        return self._rules.of_inode(inode), found.valid_s
+
+    def attributes(self, ino: Ino) -> tuple[Attributes, float]:
+        """Return the attributes of an inode and for how long they hold. Raises StaleObject for an unknown inode."""
+        inode = self.reads.names.inode(ino)
+        if inode is None:
+            raise errors.StaleObject(f"inode {ino} is not known (any more) to this volume")
+        attributes = self._rules.of_inode(inode)
+        return attributes, self.attributes_s(attributes)
+
+    def attributes_s(self, attributes: Attributes) -> float:
+        """Return for how long attributes hold: those of a file for ever, because its inode is one version.
+
+        A directory's change in nothing but mtime, yet the kernel asks for expired ones of every directory on a path for
+        every file that is opened: they get the time of a name, in strict mode (where names get none) one second.
+        """
+        if not attributes.is_directory:
+            return FOREVER_S
+        now_ns = self._clock_ns()
+        return self._freshness.found_s(now_ns, now_ns) or STRICT_DIRECTORY_S
+
+    # -- listings
+    # -------------------------------------------------------------------------------------------------------
+
+    def listing_generation(self, ino: Ino) -> int | None:
+        """Return the generation of a directory's listing that the kernel may keep: complete, valid and not empty.
+
+        The kernel drops its copy of a listing with the pages that hold it, and an empty one has none: it would stay
+        empty for as long as the directory's mtime does not change, whatever the next opendir says.
+        """
+        directory = self.reads.names.directory(ino)
+        if directory is None or not directory.complete or not directory.entries:
+            return None
+        if not self._freshness.listing(directory, self._clock_ns()):
+            return None
+        return directory.generation
+
+    async def entries(self, ino: Ino, after: Ino | None, limit: int = READDIR_BATCH) -> list[Dentry]:
+        """Return up to `limit` entries after the entry with inode `after` (None: from the start); [] at the end.
+
+        The first call for a directory, and every start in strict mode, has the listing made (again); while it is
+        being made, entries stream as its pages are committed. Raises NotFound, AccessDenied, StorageUnavailable.
+        """
+        directory: Directory | None = self.reads.names.directory(ino)
+        if after is None and (directory is None or self._freshness.listing(directory, self._clock_ns()) is None):
+            await self._agent.list_directory(ino, None)
+        while True:
+            # Completeness is read BEFORE the entries: what is committed between the two is seen, never missed.
+            directory = self.reads.names.directory(ino)
+            found = self.reads.names.scan(ino, after, limit)
+            if found or (directory is not None and directory.complete):
+                return found
+            await self._agent.list_directory(ino, directory.frontier if directory is not None else None)
+
+    def entries_known(
+        self, ino: Ino, after: Ino | None, limit: int
+    ) -> list[tuple[Attributes, bytes, float, float]] | None:
+        """Return entries of a complete and valid listing at once: (attributes, name, seconds the name and they hold).
+
+        None: the listing has to be made (`entries`).
+        """
+        directory = self.reads.names.directory(ino)
+        if directory is None or not directory.complete:
+            return None
+        now_ns = self._clock_ns()
+        listed_s = self._freshness.listing(directory, now_ns)
+        if listed_s is None:
+            return None
+        found = []
+        directory_s = self._freshness.found_s(now_ns, now_ns) or STRICT_DIRECTORY_S
+        of_dentry = self._rules.of_dentry
+        for dentry in self.reads.names.scan(ino, after, limit):
+            attributes_s = FOREVER_S if dentry.kind is FileKind.FILE else directory_s
+            found.append((of_dentry(dentry), dentry.name, listed_s, attributes_s))
+        return found
+
+    def listed_s(self, ino: Ino) -> float:
+        """Return for how long the kernel may keep the names of a directory's listing (0: not at all)."""
+        directory = self.reads.names.directory(ino)
+        return 0.0 if directory is None else self._freshness.listing(directory, self._clock_ns()) or 0.0
+
+    def of_dentry(self, dentry: Dentry, listed_s: float) -> tuple[Attributes, float]:
+        """Return the attributes of an entry of a listing, and for how long the kernel may keep the name."""
+        found_s = self._freshness.found_s(dentry.checked_ns, self._clock_ns()) or 0.0
+        return self._rules.of_dentry(dentry), max(found_s, listed_s)
+
+    # -- reads
+    # ----------------------------------------------------------------------------------------------------------
+
+    async def with_blocks(self, view: FileView, start: int, end: int, use: Callable[[list[memoryview]], None]) -> None:
+        """Get the bytes `start` to `end` of a file and call `use` with them while they are pinned (no copy).
+
+        A read-ahead of the kernel that failed is followed by a read of its first page. Its reader has waited for the
+        store already, so that one fails at once; whoever comes next asks again.
+
+        Raises StaleObject, AccessDenied, StorageUnavailable.
+        """
+        place = view.ino, start >> self.reads.shift
+        failed = self._failures.pop(place, None)
+        if failed is not None and time.monotonic() < failed[0]:
+            raise errors.StorageUnavailable(failed[1])
+        try:
+            await self._with_filled(view, start, end, use)
+        except errors.StorageUnavailable as error:
+            if len(self._failures) >= MAX_FAILURES:
+                self._failures.clear()
+            self._failures[place] = time.monotonic() + FAILURE_S, str(error)
+            raise
+
+    async def _with_filled(self, view: FileView, start: int, end: int, use: Callable[[list[memoryview]], None]) -> None:
+        reads = self.reads
+        first, last = start >> reads.shift, (end - 1) >> reads.shift
+        for attempt in range(FILL_TRIES):
+            inline = reads.blocks is None or attempt == FILL_TRIES - 1
+            filled = await self._agent.fill(view.ino, first, last - first + 1, inline=inline)
+            given = {block.index: block.payload for block in filled if block.payload is not None}
+            if reads.blocks is None:
+                slices = reads.views(_Nothing(), view, start, end, given)
+                if slices is not None:
+                    return use(slices)
+                continue
+            with reads.blocks.snapshot() as snapshot:
+                slices = reads.views(snapshot, view, start, end, given)
+                if slices is not None:
+                    return use(slices)
+            # Evicted between the agent's commit and our look, or the agent has begun a new tier: ask again, and at last
+            # for the bytes themselves.
+            reads.refresh_blocks()
+        raise errors.StorageUnavailable(f"blocks {first} to {last} of inode {view.ino} did not stay in the cache")
+
+    async def read(self, ino: Ino, offset: int, size: int) -> bytes:
+        """Return up to `size` bytes from `offset` (fewer at the end of the file), for callers that want a copy."""
+        view = self.reads.file(ino)
+        end = min(offset + size, view.size)
+        if offset >= end:
+            return b""
+        wish = self.note_read(view, offset, end - offset)
+        if wish is not None:
+            await self.readahead(view, *wish)
+        if self.reads.blocks is not None:
+            with self.reads.blocks.snapshot() as snapshot:
+                slices = self.reads.views(snapshot, view, offset, end)
+                if slices is not None:
+                    self.copied_hits += 1
+                    self.copied_hit_bytes += end - offset
+                    return b"".join(slices)
+        self.copied_misses += 1
+        self.copied_miss_bytes += end - offset
+        pieces: list[bytes] = []
+        await self.with_blocks(view, offset, end, lambda slices: pieces.append(b"".join(slices)))
+        return pieces[0]
+
+    def note_read(self, view: FileView, offset: int, size: int) -> tuple[int, int] | None:
+        """Feed the readahead window; returns (first block, count) to ask the agent for, or None."""
+        ask = view.window.note(offset, size, view.size)
+        if ask is None:
+            return None
+        first = ask[0] >> self.reads.shift
+        last = (min(ask[1], view.size) - 1) >> self.reads.shift
+        return (first, last - first + 1) if last >= first else None
+
+    async def readahead(self, view: FileView, first: int, count: int) -> None:
+        """Pass a wish for blocks on to the agent; never raises."""
+        try:
+            await self._agent.readahead(view.ino, first, count)
+        except errors.CachefsError as error:
+            log.debug("readahead of inode %d not asked for: %s", view.ino, error)
+
+    # -- extended attributes and statfs
+    # ---------------------------------------------------------------------------------
+
+    async def extended_attribute(self, ino: Ino, name: bytes) -> bytes:
+        """Return `user.cachefs.etag`, `.key` or `.cached` of an inode. Raises NoSuchAttribute."""
+        inode = self.reads.names.inode(ino)
+        if inode is None:
+            raise errors.StaleObject(f"inode {ino} is not known (any more) to this volume")
+        if name == b"user.cachefs.key":
+            return self.reads.names.key_of(ino).encode("utf-8", "surrogateescape")
+        if inode.kind is FileKind.FILE and name == b"user.cachefs.etag":
+            return inode.etag.encode()
+        if inode.kind is FileKind.FILE and name == b"user.cachefs.cached":
+            held = await self._agent.cached(ino)
+            total = block_count(inode.size, self.reads.block_size)
+            counts = " ".join(f"{tier.value}={held.get(tier, 0)}" for tier in (Tier.SHM, Tier.DISK))
+            return f"{counts} blocks={total}".encode()
+        raise errors.NoSuchAttribute(name.decode("utf-8", "replace"))
+
+    def extended_attributes(self, ino: Ino) -> tuple[bytes, ...]:
+        """Return the names of the extended attributes of an inode."""
+        inode = self.reads.names.inode(ino)
+        return XATTRS if inode is not None and inode.kind is FileKind.FILE else XATTRS[1:2]
+
+    async def usage(self) -> Usage:
+        """Return the figures of statfs(2)."""
+        used, objects = await self._agent.usage()
+        return Usage(4096, VIRTUAL_BYTES, max(VIRTUAL_BYTES - used, 0), VIRTUAL_FILES, VIRTUAL_FILES - objects)
+
+
+class _Nothing:
+    """A snapshot of a tier that is off."""
+
+    def get(self, key: bytes) -> memoryview | None:
+        """Return None for every key."""
+        return None

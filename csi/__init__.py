@@ -1,0 +1,1 @@
+"""The CSI plugin for Kubernetes. Reserved; empty in this version."""

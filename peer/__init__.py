@@ -1,0 +1,1 @@
+"""Peers: members, placement and transfer between nodes. Reserved; empty in this version."""

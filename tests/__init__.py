@@ -1,0 +1,1 @@
+"""Tests of cachefs; one directory per level."""

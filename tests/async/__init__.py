@@ -1,0 +1,1 @@
+"""Races and cancellation, on the trio thread."""

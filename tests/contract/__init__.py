@@ -1,0 +1,1 @@
+"""One test body per port, run against every implementation of it."""

@@ -1,0 +1,57 @@
+"""The S3 server of the tests itself: it comes back after kill(), and never outlives whoever started it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bench.s3_server import S3Server
+
+OWNER = """
+import sys, time
+from bench.s3_server import S3Server
+with S3Server(sys.argv[1]) as server:
+    print(server.pid, server.port, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_restart_keeps_ports_and_objects(tmp_path: Path) -> None:
+    with S3Server(str(tmp_path)) as server:
+        url = server.endpoint_url
+        assert server.put_many("kept", ((f"k{number}", b"body") for number in range(20))) == 20
+        server.kill()
+        server.kill()
+        assert not server.running
+        server.restart()
+        assert server.endpoint_url == url
+        assert server.client().get_object(Bucket="kept", Key="k7")["Body"].read() == b"body"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_nothing_is_left_when_its_owner_is_killed(tmp_path: Path) -> None:
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    group, port = map(int, owner.stdout.readline().split())
+    os.kill(owner.pid, signal.SIGKILL)
+    owner.wait()
+    owner.stdout.close()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("the server still runs")
+    assert list(tmp_path.iterdir()) == []
+    assert not list(Path("/tmp").glob(f"seaweedfs-*-{port + 10_000}.sock"))

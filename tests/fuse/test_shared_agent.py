@@ -1,0 +1,76 @@
+"""Several mounts on one agent: they share blocks, names and the agent itself, and do not get into each other's way."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+from tests.fuse.test_cache_faults import OBJECTS, mount_objects, read_all
+from tests.support.fault_proxy import FaultProxy
+from tests.support.machine import wait_until
+from tests.support.mounts import Bucket, Mount, Node
+from tests.support.programs import content, evict_pages
+
+
+def test_two_mounts_of_one_bucket_share_everything(node: Node, bucket: Bucket, proxy: FaultProxy) -> None:
+    bucket.fill(OBJECTS)
+    first = mount_objects(node, bucket, proxy, name="first")
+    second = mount_objects(node, bucket, proxy, name="second")
+    assert len(node.processes("agent")) == 1
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(read_all, [first, second]))
+    keys = [(request.key, request.range) for request in proxy.requests if request.kind == "get"]
+    assert len(keys) == len(set(keys))
+    assert sum(request.sent_bytes for request in proxy.requests if request.kind == "get") == sum(
+        map(len, OBJECTS.values())
+    )
+    inode = os.stat(first.path / "large").st_ino
+    assert os.stat(second.path / "large").st_ino == inode
+    first.umount()
+    read_all(second)
+    assert second.status()["health"] == "ok"
+
+
+def test_two_mounts_with_other_rules_stay_apart(node: Node, bucket: Bucket, proxy: FaultProxy) -> None:
+    bucket.put("file", b"one")
+    trusting = mount_objects(node, bucket, proxy, name="trusting")
+    strict = node.mount(bucket.url, f"--endpoint-url={proxy.endpoint_url}", "--consistency=strict", name="strict")
+    assert (trusting.path / "file").read_bytes() == (strict.path / "file").read_bytes() == b"one"
+    bucket.put("file", b"two")
+    assert (strict.path / "file").read_bytes() == b"two"
+    assert (trusting.path / "file").read_bytes() == b"one"
+
+
+def test_ten_mounts_on_one_agent(node: Node, bucket: Bucket, proxy: FaultProxy) -> None:
+    bodies = {f"p{number}/file": content(f"p{number}", 300_000) for number in range(10)}
+    bucket.fill(bodies)
+
+    def mount_one(number: int) -> Mount:
+        return node.mount(f"{bucket.url}/p{number}", f"--endpoint-url={proxy.endpoint_url}", name=f"m{number}")
+
+    with ThreadPoolExecutor(3) as pool:
+        mounts = list(pool.map(mount_one, range(10)))
+    node.mounts = mounts
+    assert len(node.processes("agent")) == 1
+    for number, mount in enumerate(mounts):
+        assert (mount.path / "file").read_bytes() == bodies[f"p{number}/file"]
+    node.kill_agent()
+    for number, mount in enumerate(mounts):
+        evict_pages(mount.path / "file")
+        assert (mount.path / "file").read_bytes() == bodies[f"p{number}/file"]
+    wait_until(lambda: [m["health"] for m in node.status()["mounts"]] == ["ok"] * 10, 15, "all found the new agent")
+    assert len(node.processes("agent")) == 1
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(Mount.umount, mounts))
+    wait_until(lambda: not node.processes(), 10, "all processes end")
+
+
+def test_other_sizes_than_the_running_agent_has_are_said(node: Node, bucket: Bucket, proxy: FaultProxy) -> None:
+    bucket.fill(OBJECTS)
+    mount_objects(node, bucket, proxy, name="first")
+    (node.base / "second").mkdir()
+    endpoint = f"--endpoint-url={proxy.endpoint_url}"
+    done = node.try_mount(bucket.url, endpoint, "--shm-size=32MiB", place=node.base / "second")
+    node.mounts.append(Mount(node, node.base / "second"))
+    assert done.returncode == 0
+    assert "--shm-size" in done.stderr

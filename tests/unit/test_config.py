@@ -1,0 +1,69 @@
+"""The configuration: plain values and back, and what every setting must have."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cachefs.cli.options import SETTINGS, Setting
+from cachefs.config import Addressing, Config, Engine, MetadataConfig, S3Config, as_plain, from_plain
+from tests.support.settings import configs
+
+
+@given(configs())
+def test_plain_values_rebuild_the_configuration(config: Config) -> None:
+    assert from_plain(Config, json.loads(json.dumps(as_plain(config)))) == config
+
+
+def test_plain_values_are_json_without_infinity() -> None:
+    plain = as_plain(MetadataConfig(metadata_ttl_s=math.inf))
+    assert plain["metadata_ttl_s"] == "forever"
+    json.dumps(plain, allow_nan=False)
+
+
+def test_from_plain_fills_missing_fields_with_defaults() -> None:
+    assert from_plain(S3Config, {"addressing": "path"}) == S3Config(addressing=Addressing.PATH)
+
+
+def test_from_plain_refuses_values_that_do_not_exist() -> None:
+    with pytest.raises(ValueError, match="warp"):
+        from_plain(Config, {"fuse": {"engine": "warp"}})
+    assert Engine("channel") is Engine.CHANNEL
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.field)
+def test_every_setting_is_described(setting: Setting) -> None:
+    assert setting.help[-1] in ".)", "help is a sentence"
+    assert (
+        setting.metavar or setting.is_flag or dataclasses.is_dataclass(setting.kind) or setting.kind not in (str, int)
+    )
+    assert {"_bytes": "bytes", "_s": "duration"}.get(_suffix(setting.field), setting.unit) == setting.unit
+
+
+def _suffix(name: str) -> str:
+    return next((suffix for suffix in ("_bytes", "_s") if name.endswith(suffix)), "")
+
+
+def test_keys_and_variables_are_unique() -> None:
+    for names in ([s.key for s in SETTINGS], [s.variable for s in SETTINGS], [s.field for s in SETTINGS]):
+        assert len(set(names)) == len(names)
+
+
+def test_sections_are_immutable() -> None:
+    config: Any = Config()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.s3.region = "elsewhere"
+
+
+@given(st.data())
+def test_every_section_rebuilds_on_its_own(draw: st.DataObject) -> None:
+    config = draw.draw(configs())
+    for field in dataclasses.fields(Config):
+        section = getattr(config, field.name)
+        assert from_plain(type(section), as_plain(section)) == section

@@ -1,0 +1,1 @@
+"""One module per system that is measured, each behind the same small Protocol (`bench.systems.port`)."""

@@ -1,0 +1,65 @@
+"""rclone mount with its full VFS cache (the mode that keeps what was read on the local disk)."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from bench.memory import Roles
+from bench.systems.daemon import Daemon
+from bench.systems.port import Site, Warmth, program, run
+
+
+class Rclone:
+    """`rclone mount --vfs-cache-mode full` of the bucket."""
+
+    name = "rclone"
+    label = "rclone, full cache"
+    warmth: tuple[Warmth, ...] = (Warmth.DISK,)
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._cache = site.work / "rclone-cache"
+        self._daemon = Daemon(self.name, site.place("mnt", self.name), site.place("logs") / "rclone.log")
+
+    def version(self) -> str:
+        """The program's own word."""
+        return (
+            run([program("rclone"), "version"], environment=self._site.clean_environment()).split()[1].removeprefix("v")
+        )
+
+    def prepare(self) -> str | None:
+        """It reads the bucket as it is."""
+        return self._site.bucket
+
+    def mount(self) -> Path:
+        """Mount; all settings of the remote go through the environment, no configuration file is read."""
+        site = self._site
+        environment = site.clean_environment(
+            RCLONE_CONFIG="/dev/null",
+            RCLONE_S3_PROVIDER="SeaweedFS",
+            RCLONE_S3_ENDPOINT=site.endpoint_url,
+            RCLONE_S3_REGION=site.region,
+            RCLONE_S3_ACCESS_KEY_ID=site.access_key,
+            RCLONE_S3_SECRET_ACCESS_KEY=site.secret_key,
+        )
+        arguments = [program("rclone"), "mount", f":s3:{site.bucket}", str(self._daemon.mountpoint)]
+        arguments += ["--vfs-cache-mode", "full", "--cache-dir", str(self._cache), "--read-only"]
+        self._daemon.start(arguments, environment)
+        return self._daemon.mountpoint
+
+    def umount(self) -> None:
+        """Unmount."""
+        self._daemon.stop()
+
+    def reset(self) -> None:
+        """Remove the cache."""
+        shutil.rmtree(self._cache, ignore_errors=True)
+
+    def roles(self) -> Roles:
+        """Its processes."""
+        return self._daemon.roles()
+
+    def origin_requests(self) -> int | None:
+        """Not asked."""
+        return None

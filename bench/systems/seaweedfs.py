@@ -1,0 +1,58 @@
+"""SeaweedFS's own mount. It talks to the filer and the volume servers, not S3: no signatures, no gateway in between."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from bench.memory import Roles
+from bench.systems.daemon import Daemon
+from bench.systems.port import Site, Warmth, program, run
+
+
+class SeaweedMount:
+    """`weed mount` of the bucket's directory on the filer."""
+
+    name = "seaweedfs"
+    label = "SeaweedFS mount"
+    warmth: tuple[Warmth, ...] = (Warmth.DISK,)
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._cache = site.work / "seaweedfs-cache"
+        self._daemon = Daemon(self.name, site.place("mnt", self.name), site.place("logs") / "seaweedfs.log")
+
+    def version(self) -> str:
+        """The program's own word."""
+        return run([program("weed"), "version"], environment=self._site.clean_environment()).split()[2]
+
+    def prepare(self) -> str | None:
+        """The bucket is a directory of the filer."""
+        return self._site.bucket
+
+    def mount(self) -> Path:
+        """Mount with a disk cache that holds the data set (the default of 128 MB would not)."""
+        site = self._site
+        self._cache.mkdir(exist_ok=True)
+        capacity_mb = 2 * site.dataset.total_bytes // 1_000_000 + 128
+        arguments = [program("weed"), "mount", f"-filer={site.filer_address}", f"-dir={self._daemon.mountpoint}"]
+        arguments += [f"-filer.path=/buckets/{site.bucket}", "-readOnly", f"-cacheDir={self._cache}"]
+        arguments += [f"-cacheCapacityMB={capacity_mb}", f"-localSocket={site.place('tmp')}/weed-mount.sock"]
+        self._daemon.start(arguments, site.clean_environment())
+        return self._daemon.mountpoint
+
+    def umount(self) -> None:
+        """Unmount."""
+        self._daemon.stop()
+
+    def reset(self) -> None:
+        """Remove the cache."""
+        shutil.rmtree(self._cache, ignore_errors=True)
+
+    def roles(self) -> Roles:
+        """Its processes."""
+        return self._daemon.roles()
+
+    def origin_requests(self) -> int | None:
+        """Not asked."""
+        return None

@@ -65,7 +65,10 @@ class AgentClient:
     # -------------------------------------------------------------------------------------------------
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Keep a connection, for ever. Reports started after the first attach; raises if that one fails for good."""
+        """Keep a connection, for ever. Reports started after the first attach; raises if that one fails for good.
+
+        Afterwards only MountError is raised: this worker cannot go on with that agent, but another one can.
+        """
         failures = 0
         started = False
         while True:
@@ -78,41 +81,56 @@ class AgentClient:
                         started = True
                         task_status.started()
                     await self._converse(stream)
-            except (errors.AgentUnavailable, errors.ProtocolError) as error:
+            except errors.MountError:
+                raise
+            except (errors.CachefsError, OSError) as error:
                 log.warning("the agent cannot be reached: %s", error)
                 if not started:
                     raise
                 failures += 1
-            except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
+            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 log.warning("connection to the agent lost (%s), opening it again", type(error).__name__)
+                failures += 1
             finally:
-                self._sender, self.pid = None, 0
+                self.pid = 0
 
     async def _open(self) -> trio.SocketStream:
         """Connect and attach."""
         connection = await trio.to_thread.run_sync(self._connect, abandon_on_cancel=True)
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(connection))
+        try:
+            answer = await self._introduce(stream)
+            if isinstance(answer, messages.Failure):
+                if answer.kind == "version":
+                    raise errors.MountError(f"{answer.text}, and this worker {messages.PROTOCOL_VERSION}")
+                raise failure_error(answer)
+            assert isinstance(answer, messages.Attached)
+            self.pid = answer.pid
+            await self._on_attached(answer)
+        except BaseException:
+            await trio.aclose_forcefully(stream)
+            raise
+        return stream
+
+    async def _introduce(self, stream: trio.SocketStream) -> messages.Answer:
         frames = framing.answers()
         await stream.send_all(framing.encode(self._attach(next(self._ids))))
         while received := await stream.receive_some(RECEIVE_BYTES):
             for answer in frames.feed(received):
-                if isinstance(answer, messages.Failure):
-                    await stream.aclose()
-                    raise failure_error(answer)
-                assert isinstance(answer, messages.Attached)
-                self.pid = answer.pid
-                await self._on_attached(answer)
-                return stream
-        raise errors.AgentUnavailable("the agent closed the connection")
+                return answer
+        raise trio.BrokenResourceError("the agent closed the connection")
 
     async def _converse(self, stream: trio.SocketStream) -> None:
         self._sender = sender = Sender(stream)
         for question in self._questions.values():
             sender.send(question.frame)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(sender.run)
-            await self._receive(stream)
-            nursery.cancel_scope.cancel()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(sender.run)
+                await self._receive(stream)
+                nursery.cancel_scope.cancel()
+        finally:
+            self._sender = None  # before the stream is closed: its descriptor's number may be another file's then
         log.warning("the agent (pid %d) is gone, looking for another", self.pid)
 
     async def _receive(self, stream: trio.SocketStream) -> None:

@@ -15,6 +15,7 @@ import os
 import select
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from cachefs.config import CacheConfig, Config, LogConfig, as_plain
 from cachefs.runtime import RuntimeDir
 
 CONNECT_RETRY_S = 0.02
+RUNNING_RETRY_S = 0.1
+"""Another agent holds the lock and does not listen yet (or any more): each look starts a process."""
+_PROXY_NAMES = frozenset({"http_proxy", "https_proxy", "all_proxy", "no_proxy"})
 _NOBODY = frozenset({errno.ENOENT, errno.ECONNREFUSED})
 
 
@@ -96,8 +100,8 @@ def _take_turn(descriptor: int, deadline: float) -> None:
 
 def _start(plan: AgentPlan, deadline: float) -> None:
     """Start the agent and wait until it listens, fails, or the deadline is over."""
-    ready, report = os.pipe()
     log_path = plan.runtime.agent(plan.cache.cache_dir, "log")
+    ready, report = os.pipe()
     try:
         with open(log_path, "ab", opener=_private) as log:
             child = subprocess.Popen(
@@ -110,6 +114,9 @@ def _start(plan: AgentPlan, deadline: float) -> None:
                 cwd="/",
                 env=dict(plan.environment),
             )
+    except BaseException:
+        os.close(ready)
+        raise
     finally:
         os.close(report)
     try:
@@ -123,13 +130,15 @@ def _start(plan: AgentPlan, deadline: float) -> None:
         if not select.select([reports], [], [], max(0.0, deadline - time.monotonic()))[0]:
             raise errors.AgentUnavailable(f"the agent was started but is not ready; its log: {log_path}")
         line = reports.readline()
-    # Popen would warn about a child that nobody waits for; it is no longer ours.
-    child.returncode = 0
+    # It outlives us, or it dies before us, and then somebody has to take note.
+    threading.Thread(target=child.wait, name="agent-reaper", daemon=True).start()
     outcome: dict[str, Any] = (
         json.loads(line) if line else {"ok": False, "text": f"it ended at once; its log: {log_path}"}
     )
     if not outcome["ok"] and not outcome.get("running"):
         raise errors.AgentUnavailable(f"the agent cannot start: {outcome['text']}")
+    if outcome.get("running"):
+        time.sleep(RUNNING_RETRY_S)
 
 
 def _private(path: str, flags: int) -> int:
@@ -137,8 +146,12 @@ def _private(path: str, flags: int) -> int:
 
 
 def aws_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that decide about credentials and endpoints, to be sent to the agent."""
-    return {name: value for name, value in environment.items() if name.startswith("AWS_")}
+    """Return the variables that decide about credentials, endpoints and proxies, to be sent to the agent."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name.startswith("AWS_") or name.lower() in _PROXY_NAMES
+    }
 
 
 def attach_message(

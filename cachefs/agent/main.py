@@ -128,7 +128,7 @@ class Agent:
                 on_ready()
                 await self._stopped.wait()
                 # Hang up first: workers ask the next agent again, and none gets an error from a store that is closing.
-                os.unlink(self._runtime.agent(self._config.cache_dir, "sock"))
+                _remove(self._runtime.agent(self._config.cache_dir, "sock"))
                 attached = volumes.mount_count
                 nursery.cancel_scope.cancel()
         finally:
@@ -229,18 +229,19 @@ class Agent:
 
     def _status(self, cache: BlockCache, volumes: Volumes) -> dict[str, Any]:
         counters = self._counters.snapshot()
-        for volume in volumes.by_id.values():
+        served = list(volumes.by_id.values())  # a copy: this runs in a thread
+        for volume in served:
             for name, value in volume.store.now.counters.snapshot().items():
                 counters[name] = counters.get(name, 0) + value
         mounts: dict[str, Any] = {}
         described: dict[str, Any] = {}
-        for volume in volumes.by_id.values():
+        for volume in served:
             used, objects = volume.writer.reader.counts()
             described[volume.volume_id] = {
                 "source": volume.source, "objects": objects, "bytes": used,
                 "hidden_keys": volume.writer.reader.hidden(),
             }  # fmt: skip
-            for mount in volume.mounts.values():
+            for mount in list(volume.mounts.values()):
                 mounts[mount.mount_id] = {
                     "mountpoint": mount.mountpoint, "volume_id": volume.volume_id, "counters": mount.counters,
                 }  # fmt: skip

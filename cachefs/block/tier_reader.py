@@ -19,7 +19,7 @@ import lmdb
 from cachefs import errors
 from cachefs.block import codec, tier_files
 from cachefs.block.ledger import PAGE_HEADER, PAGE_SIZE
-from cachefs.block.lmdb_env import INDEX, PINNED, file_identity
+from cachefs.block.lmdb_env import FORMAT, INDEX, PINNED, file_identity
 from cachefs.types import BlockKey
 
 READER_MAP_BYTES = 1 << 40
@@ -76,9 +76,12 @@ class Snapshot:
 class TierReader:
     """A tier as another process sees it. Any number of threads may use one."""
 
-    def __init__(self, directory: str) -> None:
-        """Open the environment in `directory`. Raises TierUnavailable when there is none that can be read."""
+    def __init__(self, directory: str, block_size: int | None = None) -> None:
+        """Open the environment in `directory`. Raises TierUnavailable when there is none that can be read, or (with
+        `block_size`) one whose blocks have another size: block 1 of it would be other bytes of the object.
+        """
         self.directory = directory
+        self._block_size = block_size
         self._opened = self._open()
 
     def _open(self) -> _Opened:
@@ -93,12 +96,26 @@ class TierReader:
                 max_spare_txns=8,
                 **PINNED,
             )
-            return _Opened(env, env.open_db(create=False), env.open_db(INDEX, create=False), identity, self._map())
+            self._check(env)
+            view = self._map(identity)
+            return _Opened(env, env.open_db(create=False), env.open_db(INDEX, create=False), identity, view)
         except (lmdb.Error, OSError, ValueError) as error:
             raise errors.TierUnavailable(f"the tier in {self.directory} cannot be read: {error}") from error
 
-    def _map(self) -> memoryview:
+    def _check(self, env: lmdb.Environment) -> None:
+        state = env.open_db(b"state", create=False)
+        with env.begin(db=state) as txn:
+            found = txn.get(b"format"), txn.get(b"block_size")
+        wanted = found[1] if self._block_size is None else b"%d" % self._block_size
+        if found != (FORMAT, wanted):
+            raise ValueError(f"it has format and block size {found}, not {FORMAT!r} and {wanted!r}")
+
+    def _map(self, identity: tuple[int, int]) -> memoryview:
         with open(os.path.join(self.directory, tier_files.DATA_FILE), "rb") as file:
+            status = os.fstat(file.fileno())
+            if (status.st_dev, status.st_ino) != identity:
+                # Places of one file must never be looked up in another one.
+                raise ValueError("it was replaced while it was being opened")
             return memoryview(mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED, mmap.PROT_READ))
 
     def snapshot(self) -> Snapshot:
@@ -110,7 +127,7 @@ class TierReader:
         try:
             if file_identity(self.directory) != opened.identity:
                 return opened
-            grown = opened._replace(view=self._map())
+            grown = opened._replace(view=self._map(opened.identity))
         except (OSError, ValueError):
             return opened
         if self._opened.env is opened.env:

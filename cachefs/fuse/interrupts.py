@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 
 from cachefs.fuse.protocol import error_reply
+from cachefs.runtime import process_alive
 
 SIGKILL_BIT = 1 << (9 - 1)
 POLL_S = 0.1
@@ -32,7 +33,9 @@ def is_dying(pid: int) -> bool:
                 if line.startswith("State:") and line.split()[1] in "ZX":
                     return True
     except (FileNotFoundError, ProcessLookupError):
-        return True
+        return not process_alive(pid)  # /proc may hide the processes of other users (hidepid)
+    except OSError:
+        return False
     return False
 
 
@@ -62,6 +65,9 @@ class Interrupts:
         if not pid:  # answered already, or a caller in a process namespace that we can't see into
             return
         self._interrupted[unique] = pid
+        if unique not in self._callers:  # answered by another thread meanwhile: nobody else would take it out again
+            self._interrupted.pop(unique, None)
+            return
         if not self._started:
             self._started = True
             threading.Thread(target=self._watch, name="interrupts", daemon=True).start()

@@ -52,6 +52,7 @@ class WakeUpGuard:
         self._wake = threading.Event()
         self._held_since = 0.0
         self._held_s = 0.0
+        self._refused = False
 
     @property
     def held_s(self) -> float:
@@ -89,17 +90,22 @@ class WakeUpGuard:
             time.sleep(TICK_S)
             now = self._requests()
             idle = idle + 1 if now == last else 0
-            if now - last >= BUSY_PER_TICK and self._descriptor is None:
+            if now - last >= BUSY_PER_TICK and self._descriptor is None and not self._refused:
                 self._hold()
             last = now
         self._release()
 
     def _hold(self) -> None:
+        descriptor = -1
         try:
             descriptor = os.open(self._device, os.O_WRONLY | os.O_CLOEXEC)
             os.write(descriptor, struct.pack("i", 0))
         except OSError as error:
+            # access(2) does not know the device rules of a container; they do not change, so this is said once.
             log.info("the wake-up guard is not available: %s", error)
+            self._refused = True
+            if descriptor >= 0:
+                os.close(descriptor)
             return
         self._descriptor, self._held_since = descriptor, time.monotonic()
         self._on_change(True)

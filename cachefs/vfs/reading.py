@@ -116,6 +116,8 @@ class ReadPath:
             limit = ((end - 1) & mask) + 1 if index == last else mask + 1
             payload = given.get(index) if given else None
             if payload is not None:
+                if len(payload) < limit:
+                    return None  # the kernel would take a short answer for the end of the file
                 slices.append(memoryview(payload)[first:limit])
             else:
                 stored = snapshot.get(oid + _INDEX.pack(index))

@@ -293,7 +293,7 @@ class _Server(ThreadingHTTPServer):
 class _Connection(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    server: _Server  # type: ignore[mutable-override] # the base class says BaseServer
+    server: _Server
 
     def setup(self) -> None:
         super().setup()

@@ -46,7 +46,7 @@ class Services(ThreadingHTTPServer):
 
 
 class _Answers(BaseHTTPRequestHandler):
-    server: Services  # type: ignore[mutable-override]
+    server: Services
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()

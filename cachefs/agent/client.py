@@ -28,6 +28,8 @@ RECEIVE_BYTES = 256 << 10
 GRACE_S = 15.0
 """How much longer than the store's own deadline a question may take: time to start another agent."""
 RETRY_S = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0)
+SETTLED_S = 0.25
+"""A connection that ended sooner counts as a failure: an agent that hangs up on us is not called again at once."""
 
 
 @dataclass(eq=False)
@@ -76,11 +78,12 @@ class AgentClient:
                 await trio.sleep(RETRY_S[min(failures, len(RETRY_S) - 1)])
                 stream = await self._open()
                 async with stream:
-                    failures = 0
                     if not started:
                         started = True
                         task_status.started()
+                    began = trio.current_time()
                     await self._converse(stream)
+                    failures = 0 if trio.current_time() > began + SETTLED_S else failures + 1
             except errors.MountError:
                 raise
             except (errors.CachefsError, OSError) as error:

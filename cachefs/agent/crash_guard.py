@@ -5,8 +5,7 @@ same files dies again. kill -9 looks the same from outside and is harmless, so t
 that faulthandler writes for the first kind only: the file `crash` below the cache directory is empty after everything
 but a memory fault.
 
-The first memory fault within ten minutes makes the next start check the environments thoroughly; the second sets them
-aside.
+The second memory fault within ten minutes sets the environments aside; those in memory are removed.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import IO
@@ -32,9 +32,9 @@ class CrashGuard:
         self._history = cache_dir / "crash-history"
         self._stream: IO[bytes] | None = None
 
-    def begin(self, environments: list[Path]) -> int:
-        """Look at how the last life ended; set the environments aside after a second memory fault. Returns recent
-        faults.
+    def begin(self, environments: list[Path], in_memory: list[Path]) -> int:
+        """Look at how the last life ended; take the environments away after a second memory fault (set aside a tmpfs
+        would go on taking the memory of a whole tier). Returns recent faults.
 
         A read-only cache directory is not an error: then nothing is watched.
         """
@@ -44,6 +44,8 @@ class CrashGuard:
                 log.error("the agent died of %d memory faults within %d s: the cache is set aside", faults, WINDOW_S)
                 for path in environments:
                     _set_aside(path)
+                for path in in_memory:
+                    shutil.rmtree(path, ignore_errors=True)
                 self._history.unlink(missing_ok=True)
                 faults = 0
             self._stream = open(self._file, "wb")  # noqa: SIM115 - faulthandler needs it open for our whole life
@@ -77,8 +79,6 @@ def _is_number(text: str) -> bool:
 
 
 def _set_aside(path: Path) -> None:
-    import shutil
-
     if not path.exists():
         return
     aside = path.with_name(path.name + KEPT)

@@ -119,6 +119,8 @@ def _start(plan: AgentPlan, deadline: float) -> None:
         raise
     finally:
         os.close(report)
+    # It outlives us, or it dies before us, and then somebody has to take note.
+    threading.Thread(target=child.wait, name="agent-reaper", daemon=True).start()
     try:
         assert child.stdin is not None
         with child.stdin as stdin:
@@ -130,8 +132,6 @@ def _start(plan: AgentPlan, deadline: float) -> None:
         if not select.select([reports], [], [], max(0.0, deadline - time.monotonic()))[0]:
             raise errors.AgentUnavailable(f"the agent was started but is not ready; its log: {log_path}")
         line = reports.readline()
-    # It outlives us, or it dies before us, and then somebody has to take note.
-    threading.Thread(target=child.wait, name="agent-reaper", daemon=True).start()
     outcome: dict[str, Any] = (
         json.loads(line) if line else {"ok": False, "text": f"it ended at once; its log: {log_path}"}
     )
@@ -148,9 +148,7 @@ def _private(path: str, flags: int) -> int:
 def aws_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that decide about credentials, endpoints and proxies, to be sent to the agent."""
     return {
-        name: value
-        for name, value in environment.items()
-        if name.startswith("AWS_") or name.lower() in _PROXY_NAMES
+        name: value for name, value in environment.items() if name.startswith("AWS_") or name.lower() in _PROXY_NAMES
     }
 
 

@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import signal
+import stat
 import sys
 import time
 from collections.abc import Callable
@@ -90,13 +91,14 @@ class Agent:
         self._started = time.monotonic()
         self._stopped = trio.Event()
         self._threads = trio.CapacityLimiter(METADATA_THREADS)
+        self._housework_threads = trio.CapacityLimiter(8)
 
     async def run(self, on_ready: Callable[[], None]) -> None:
         """Serve until idle for too long, told to stop, or SIGTERM/SIGINT."""
         lock = self._take_lock()
         paths = AgentPaths.create(self._config)
         guard = CrashGuard(paths.cache_dir)
-        guard.begin([paths.disk, paths.shm, paths.volumes])
+        guard.begin([paths.disk, paths.volumes], in_memory=[paths.shm])
         shm = self._open_tier(Tier.SHM, paths.shm, self._config.shm_size_bytes)
         disk = self._open_tier(Tier.DISK, paths.disk, self._config.cache_size_bytes)
         tiers = [tier for tier in (shm, disk) if tier is not None]
@@ -114,7 +116,9 @@ class Agent:
                 ) as cache,
                 trio.open_nursery() as nursery,
             ):
-                serving = volumes = Volumes(str(paths.volumes), self._config, self._run_blocking, nursery)
+                serving = volumes = Volumes(
+                    str(paths.volumes), self._config, self._run_blocking, self._housework, nursery
+                )
                 server = Server(
                     cache, volumes, self._config.block_size_bytes, None if shm is None else str(paths.shm),
                     lambda: self._status(cache, serving), self._stopped.set,
@@ -130,6 +134,7 @@ class Agent:
                 # Hang up first: workers ask the next agent again, and none gets an error from a store that is closing.
                 _remove(self._runtime.agent(self._config.cache_dir, "sock"))
                 attached = volumes.mount_count
+                cache.flush_at_exit = not attached  # readers wait for the next agent, which adopts the shm tier
                 nursery.cancel_scope.cancel()
         finally:
             if volumes is not None:
@@ -146,10 +151,16 @@ class Agent:
         """The one adapter through which the agent's trio thread uses blocking libraries."""
         return await trio.to_thread.run_sync(function, *args, limiter=self._threads)
 
+    async def _housework(self, function: Callable[..., T], *args: Any) -> T:
+        """The same for what must never wait behind look-ups that wait for a store: attaching, sweeping, settling."""
+        return await trio.to_thread.run_sync(function, *args, limiter=self._housework_threads)
+
     def _open_tier(self, tier: Tier, path: Path, limit_bytes: int) -> TierWriter | None:
         if limit_bytes <= 0:
             return None
         try:
+            if tier is Tier.SHM:
+                _own(path)
             return TierWriter(
                 str(path),
                 tier,
@@ -191,14 +202,14 @@ class Agent:
         while True:
             await trio.sleep(SWEEP_S)
             try:
-                await self._run_blocking(volumes.sweep)
+                await self._housework(volumes.sweep)
                 if anonymous_bytes() > (self._config.memory_limit_bytes * 0.8 if not cache.quiet else QUIET_BYTES):
-                    await self._run_blocking(give_back)
+                    await self._housework(give_back)
                 if time.monotonic() - settled > SETTLE_S and cache.quiet:
                     settled = time.monotonic()
-                    await self._run_blocking(volumes.settle)
+                    await self._housework(volumes.settle)
                     if disk is not None:
-                        await self._run_blocking(disk.sync_and_mark)
+                        await self._housework(disk.sync_and_mark)
             except errors.CachefsError as error:
                 log.warning("housekeeping: %s", error)
             except Exception:
@@ -257,6 +268,22 @@ class Agent:
             "mounts": mounts,
             "volumes": described,
         }
+
+
+def _own(directory: Path) -> None:
+    """Make the shm tier's directory, or see that it is ours alone: /dev/shm is open to all, the name can be guessed.
+
+    Raises TierUnavailable.
+    """
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = directory.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+            raise errors.TierUnavailable(f"{directory} belongs to somebody else")
+        if status.st_mode & 0o077:
+            directory.chmod(0o700)
+    except OSError as error:
+        raise errors.TierUnavailable(f"{directory} cannot be used: {error.strerror or error}") from error
 
 
 def _remove(*paths: str) -> None:

@@ -144,10 +144,18 @@ class Volume:
 class Volumes:
     """All volumes of this agent, opened when first attached."""
 
-    def __init__(self, directory: str, cache: CacheConfig, run_blocking: RunBlocking, nursery: trio.Nursery) -> None:
+    def __init__(
+        self,
+        directory: str,
+        cache: CacheConfig,
+        run_blocking: RunBlocking,
+        housework: RunBlocking,
+        nursery: trio.Nursery,
+    ) -> None:
         self._directory = directory
         self._cache = cache
         self._run_blocking = run_blocking
+        self._housework = housework
         self._nursery = nursery
         self._opening = trio.Lock()
         self.by_id: dict[str, Volume] = {}
@@ -160,9 +168,9 @@ class Volumes:
         s3: S3Config = from_plain(S3Config, plain["s3"])
         rules: MetadataConfig = from_plain(MetadataConfig, plain["metadata"])
         source = parse_source(s3.source)
-        store: RetryingStore = await self._run_blocking(open_store, s3, environment)
+        store: RetryingStore = await self._housework(open_store, s3, environment)
         if check:
-            await self._run_blocking(store.check, source.prefix)
+            await self._housework(store.check, source.prefix)
         volume_id = _volume_id(store, source.prefix, rules)
         async with self._opening:
             volume = self.by_id.get(volume_id)
@@ -177,7 +185,7 @@ class Volumes:
     ) -> Volume:
         path = Path(self._directory, volume_id)
         identity = VolumeIdentity(store.endpoint, store.bucket, prefix)
-        writer: MetadataWriter = await self._run_blocking(MetadataWriter, str(path), identity)
+        writer: MetadataWriter = await self._housework(MetadataWriter, str(path), identity)
         volume = Volume(
             volume_id, source, prefix, CurrentStore(store), writer, Freshness(rules), self._run_blocking, self._nursery
         )

@@ -101,6 +101,10 @@ class BlockCache:
         self._stack = AsyncExitStack()
         self._threads = trio.CapacityLimiter(4)
         self._open = False
+        self.flush_at_exit = True
+        """Write what is in the shm tier only to the disk tier when this ends; False when a successor adopts the shm
+        tier.
+        """
 
     async def __aenter__(self) -> Self:
         nursery = await self._stack.enter_async_context(trio.open_nursery())
@@ -125,8 +129,9 @@ class BlockCache:
         self._nursery.cancel_scope.cancel()
         await self._stack.aclose()
         self._land(list(self._flights.values()), errors.AgentUnavailable("the agent is stopping"))
-        with trio.CancelScope(shield=True):
-            await self.flush_spill()
+        if self.flush_at_exit:
+            with trio.CancelScope(shield=True):
+                await self.flush_spill()
 
     # -- asking --------------------------------------------------------------------------------------------------------
 

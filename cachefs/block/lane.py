@@ -23,6 +23,8 @@ from queue import SimpleQueue
 
 import trio
 
+from cachefs.errors import StorageUnavailable
+
 log = logging.getLogger(__name__)
 
 
@@ -100,12 +102,27 @@ class Lane:
             job.started = True
             self._running[job.priority] += 1
             self.held_bytes += job.size
-            if self._idle:
+            if self._idle > 0:
                 self._idle -= 1
-            else:
-                self._threads += 1
-                threading.Thread(target=self._work, name=f"lane-{self._threads}", daemon=True).start()
+            elif not self._start_thread():
+                self._running[job.priority] -= 1
+                self.held_bytes -= job.size
+                job.finished(StorageUnavailable("no thread can be started for a fill"))
+                continue
             self._ready.put(job)
+
+    def _start_thread(self) -> bool:
+        """Start one more thread; returns whether there is one for the next job, now or when it is through with its
+        own.
+        """
+        try:
+            threading.Thread(target=self._work, name=f"lane-{self._threads + 1}", daemon=True).start()
+        except RuntimeError as error:
+            log.warning("no thread for a fill: %s", error)
+            self._idle -= 1  # the next thread that gets free takes this job
+            return self._threads > 0
+        self._threads += 1
+        return True
 
     def _next(self) -> Job | None:
         for priority, queue in zip(Priority, self._queues, strict=True):

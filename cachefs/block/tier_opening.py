@@ -73,6 +73,9 @@ def _inspect(directory: str, map_size: int, unusable: str) -> bool:
     """Return whether the environment is larger than `map_size`. Raises CorruptBlock when it must not be mapped."""
     meta = tier_files.read_meta(directory)
     if meta is None:
+        if unusable or os.path.lexists(os.path.join(directory, tier_files.LOCK_FILE)):
+            # A lock file without its data file must go too: readers that are still there hold the old pair.
+            raise errors.CorruptBlock(unusable or "its data file is gone or empty")
         return False
     flaw = unusable
     if not flaw and tier_files.distrust(directory, meta, tier_files.Stamp.load(directory)):

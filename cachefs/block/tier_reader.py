@@ -85,6 +85,7 @@ class TierReader:
         self._opened = self._open()
 
     def _open(self) -> _Opened:
+        env: lmdb.Environment | None = None
         try:
             identity = file_identity(self.directory)
             env = lmdb.Environment(
@@ -100,6 +101,8 @@ class TierReader:
             view = self._map(identity)
             return _Opened(env, env.open_db(create=False), env.open_db(INDEX, create=False), identity, view)
         except (lmdb.Error, OSError, ValueError) as error:
+            if env is not None:
+                env.close()
             raise errors.TierUnavailable(f"the tier in {self.directory} cannot be read: {error}") from error
 
     def _check(self, env: lmdb.Environment) -> None:

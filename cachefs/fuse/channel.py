@@ -227,6 +227,10 @@ class Channel:
             self._opened_generation[ino] = generation
         self._write(OUT_HEADER.pack(OUT_HEADER_SIZE + OPEN_OUT.size, 0, unique) + OPEN_OUT.pack(ino, flags, 0))
 
+    def forget_listings(self) -> None:
+        """The metadata begins anew, and so do the numbers of listings: no copy of the kernel's is one of them."""
+        self._opened_generation.clear()
+
     def _readdirplus(self, unique: int, ino: int, message: memoryview, n: int) -> None:
         """A listing that is known goes out from here; one that has to be made is libfuse's and the agent's business."""
         _, cookie, size = READ_IN.unpack_from(message, IN_HEADER_SIZE)

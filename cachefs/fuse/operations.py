@@ -40,8 +40,10 @@ def boundary(method: F) -> F:
         except pyfuse3.FUSEError:
             raise
         except Exception as error:
-            self.counters.add(FUSE_ERRORS.name)
-            raise pyfuse3.FUSEError(to_errno(error, name)) from error
+            code = to_errno(error, name)
+            if code not in (errno.ENOENT, errno.ENODATA):  # answers, as the counter's description says
+                self.counters.add(FUSE_ERRORS.name)
+            raise pyfuse3.FUSEError(code) from error
 
     return cast("F", guarded)
 

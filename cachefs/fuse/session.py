@@ -21,8 +21,10 @@ MESSAGE_BYTES = (1 << 20) + (64 << 10)
 SOCKET_BUFFER_BYTES = 4 << 20
 MAX_BACKGROUND = 128
 """Reads ahead that the kernel may have in flight; libfuse's 12 would keep it from filling the readahead window."""
-MAX_TASKS = 512
-"""Requests that may wait in pyfuse3 at once; each waits for the store, none for another."""
+MAX_TASKS = 16384
+"""Requests that may wait in pyfuse3 at once; tasks are made on demand. At the limit the socket fills up, and the
+channel with it would wait for the store.
+"""
 
 FUSE_AUTO_INVAL_DATA = 1 << 12
 FUSE_READDIRPLUS_AUTO = 1 << 14

@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,12 +80,24 @@ class Misses:
 
     def miss(self, unique: int, view: FileView, start: int, end: int) -> None:
         """See `MissSink.miss`."""
-        self._token.run_sync_soon(self._nursery.start_soon, self._serve, unique, view, start, end)
+        self._soon(self._serve, unique, view, start, end)
 
     def readahead(self, view: FileView, first: int, count: int) -> None:
         """See `MissSink.readahead`."""
         self._counters.add(READAHEAD_REQUESTS.name)
-        self._token.run_sync_soon(self._nursery.start_soon, self._filesystem.readahead, view, first, count)
+        self._soon(self._filesystem.readahead, view, first, count)
+
+    def _soon(self, work: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        try:
+            self._token.run_sync_soon(self._begin, work, arguments)
+        except trio.RunFinishedError:
+            pass  # this worker is ending: the request stays open, and the next worker gets it again
+
+    def _begin(self, work: Callable[..., Awaitable[None]], arguments: tuple[Any, ...]) -> None:
+        try:
+            self._nursery.start_soon(work, *arguments)
+        except RuntimeError:
+            log.debug("a request came too late for this worker")  # the nursery is closed: as above
 
     async def _serve(self, unique: int, view: FileView, start: int, end: int) -> None:
         assert self.channel is not None
@@ -112,6 +125,7 @@ class Worker:
         self._environment = environment
         self._counters = Counters()
         self._reads: ReadPath | None = None
+        self._attached: messages.Attached | None = None
         self._channel: Channel | None = None
         self._guard: WakeUpGuard | None = None
         self._served: Channel | Operations | None = None
@@ -157,13 +171,26 @@ class Worker:
         return launch.attach_message(config, environment, mount_id, mountpoint, request_id=request_id, check=False)
 
     async def _on_attached(self, attached: messages.Attached) -> None:
-        """Open what the agent offers; after a restart of the agent, only what is another file now."""
+        """Open what the agent offers; after a restart of the agent, only what is another file now.
+
+        Raises MountError when the agent was started again with settings under which this worker would read wrong
+        bytes (blocks of another size) or nothing (metadata elsewhere): the next worker begins with them.
+        """
         self.report("agent", agent_pid=attached.pid)
-        if self._reads is None:
-            names, shm = await trio.to_thread.run_sync(_open_environments, attached)
+        if self._reads is None or self._attached is None:
+            self._attached = attached
+            names = await trio.to_thread.run_sync(MetadataReader, attached.metadata_path)
+            shm = await trio.to_thread.run_sync(_open_tier, attached)
             self._reads = ReadPath(names, shm, attached.endpoint, attached.bucket, attached.block_size)
-        elif await trio.to_thread.run_sync(self._reads.refresh):
+        elif _ground(attached) != _ground(self._attached):
+            raise errors.MountError(
+                f"the agent works with {_ground(attached)} now, and this worker with {_ground(self._attached)}: "
+                "another worker has to take over"
+            )
+        elif await trio.to_thread.run_sync(_follow, self._reads, attached):
             log.warning("the agent began new environments")
+            if self._channel is not None:
+                self._channel.forget_listings()
 
     async def _wait_for_go(self) -> None:
         await trio.lowlevel.wait_readable(self._fds.control)
@@ -248,15 +275,30 @@ class Worker:
         return values
 
 
-def _open_environments(attached: messages.Attached) -> tuple[MetadataReader, TierReader | None]:
-    names = MetadataReader(attached.metadata_path)
+def _ground(attached: messages.Attached) -> tuple[int, str]:
+    """Return what a worker cannot change once it reads: size of a block, directory of the metadata."""
+    return attached.block_size, attached.metadata_path
+
+
+def _open_tier(attached: messages.Attached) -> TierReader | None:
     if attached.shm_path is None:
-        return names, None
+        return None
     try:
-        return names, TierReader(attached.shm_path)
+        return TierReader(attached.shm_path, attached.block_size)
     except errors.TierUnavailable as error:
         log.warning("the shm tier cannot be read: %s", error)
-        return names, None
+        return None
+
+
+def _follow(reads: ReadPath, attached: messages.Attached) -> bool:
+    """Open what is new since the last agent; returns whether there was anything. BLOCKS."""
+    fresh = reads.refresh()
+    if attached.shm_path is None or (reads.blocks is not None and reads.blocks.directory == attached.shm_path):
+        return fresh
+    tier = _open_tier(attached)  # it was off, or elsewhere
+    if tier is not None:
+        reads.blocks = tier
+    return fresh or tier is not None
 
 
 def main() -> int:

@@ -26,6 +26,10 @@ XATTR_PREFIX = b"user.cachefs."
 XATTRS = (b"user.cachefs.etag", b"user.cachefs.key", b"user.cachefs.cached")
 READDIR_BATCH = 256
 FILL_TRIES = 3
+LISTING_TRIES = 3
+"""How often "complete" is believed of a listing that we do not see: with an agent that writes to another environment
+than the one that we read, asking on would be a loop without end.
+"""
 STRICT_DIRECTORY_S = 1.0
 FAILURE_S = 1.0
 """For how long a failed read is remembered for the one repetition that the kernel makes."""
@@ -145,13 +149,17 @@ class FileSystem:
         directory: Directory | None = self.reads.names.directory(ino)
         if after is None and (directory is None or self._freshness.listing(directory, self._clock_ns()) is None):
             await self._agent.list_directory(ino, None)
+        in_vain = 0
         while True:
             # Completeness is read BEFORE the entries: what is committed between the two is seen, never missed.
             directory = self.reads.names.directory(ino)
             found = self.reads.names.scan(ino, after, limit)
             if found or (directory is not None and directory.complete):
                 return found
-            await self._agent.list_directory(ino, directory.frontier if directory is not None else None)
+            if in_vain >= LISTING_TRIES:
+                raise errors.StorageUnavailable(f"the listing of directory {ino} is complete, but it cannot be seen")
+            progress = await self._agent.list_directory(ino, directory.frontier if directory is not None else None)
+            in_vain += progress.complete
 
     def entries_known(
         self, ino: Ino, after: Ino | None, limit: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
 from tests.fuse.test_cache_faults import OBJECTS, mount_objects, read_all
@@ -74,3 +75,24 @@ def test_other_sizes_than_the_running_agent_has_are_said(node: Node, bucket: Buc
     node.mounts.append(Mount(node, node.base / "second"))
     assert done.returncode == 0
     assert "--shm-size" in done.stderr
+
+
+def test_an_agent_that_comes_back_with_blocks_of_another_size(node: Node, bucket: Bucket, proxy: FaultProxy) -> None:
+    bucket.fill(OBJECTS)
+    small = mount_objects(node, bucket, proxy, name="small")
+    large = node.mount(bucket.url, f"--endpoint-url={proxy.endpoint_url}", "--block-size=4MiB", name="large")
+    read_all(small)
+    # Hold the worker that would start the next agent with its own block size, so that the other one does.
+    os.kill(small.worker_pid, signal.SIGSTOP)
+    try:
+        node.kill_agent()
+        evict_pages(large.path / "large")
+        read_all(large)
+        assert node.status()["agents"][0]["tiers"]["shm"]["state"] == "on"
+    finally:
+        os.kill(small.worker_pid, signal.SIGCONT)
+    for _ in range(2):
+        for mount in (small, large):
+            for key in OBJECTS:
+                evict_pages(mount.path / key)
+            read_all(mount)

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -96,3 +97,26 @@ def _ended(child: subprocess.Popen[bytes]) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+class DaemonSystem:
+    """What all peers that are one daemon with one cache directory have in common."""
+
+    _daemon: Daemon
+    _cache: Path
+
+    def umount(self) -> None:
+        """Unmount; a cache in memory ends with the process."""
+        self._daemon.stop()
+
+    def reset(self) -> None:
+        """Remove the cache on disk."""
+        shutil.rmtree(self._cache, ignore_errors=True)
+
+    def roles(self) -> Roles:
+        """Its processes."""
+        return self._daemon.roles()
+
+    def origin_requests(self) -> int | None:
+        """Not asked: only cachefs counts its own."""
+        return None

@@ -10,8 +10,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from bench.memory import Roles
-from bench.systems.daemon import Daemon
+from bench.systems.daemon import Daemon, DaemonSystem
 from bench.systems.port import Site, Warmth, program, run
 
 _VOLUME = "bench"
@@ -19,7 +18,7 @@ _BUCKET = "juicefs-bench"
 _COPY_THREADS = 16
 
 
-class JuiceFS:
+class JuiceFS(DaemonSystem):
     """One kind of cache over the shared volume."""
 
     def __init__(self, site: Site, warmth: Warmth) -> None:
@@ -76,19 +75,3 @@ class JuiceFS:
         arguments += ["--metrics", "127.0.0.1:0"]
         self._daemon.start(arguments, self._site.clean_environment())
         return self._daemon.mountpoint
-
-    def umount(self) -> None:
-        """Unmount; the memory cache ends with the process."""
-        self._daemon.stop()
-
-    def reset(self) -> None:
-        """Remove the disk cache."""
-        shutil.rmtree(self._cache, ignore_errors=True)
-
-    def roles(self) -> Roles:
-        """Its processes."""
-        return self._daemon.roles()
-
-    def origin_requests(self) -> int | None:
-        """Not asked."""
-        return None

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-from bench.memory import Roles
-from bench.systems.daemon import Daemon
+from bench.systems.daemon import Daemon, DaemonSystem
 from bench.systems.port import Site, Warmth, program, run
 
 
-class Rclone:
+class Rclone(DaemonSystem):
     """`rclone mount --vfs-cache-mode full` of the bucket."""
 
     name = "rclone"
@@ -47,19 +45,3 @@ class Rclone:
         arguments += ["--vfs-cache-mode", "full", "--cache-dir", str(self._cache), "--read-only"]
         self._daemon.start(arguments, environment)
         return self._daemon.mountpoint
-
-    def umount(self) -> None:
-        """Unmount."""
-        self._daemon.stop()
-
-    def reset(self) -> None:
-        """Remove the cache."""
-        shutil.rmtree(self._cache, ignore_errors=True)
-
-    def roles(self) -> Roles:
-        """Its processes."""
-        return self._daemon.roles()
-
-    def origin_requests(self) -> int | None:
-        """Not asked."""
-        return None

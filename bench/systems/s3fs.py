@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-from bench.memory import Roles
-from bench.systems.daemon import Daemon
+from bench.systems.daemon import Daemon, DaemonSystem
 from bench.systems.port import Site, Warmth, program, run
 
 
-class S3FS:
+class S3FS(DaemonSystem):
     """`s3fs BUCKET DIR -o use_cache=...`."""
 
     name = "s3fs"
@@ -46,19 +44,3 @@ class S3FS:
             environment.pop(name, None)  # it refuses to have both a file and the variables
         self._daemon.start(arguments, environment)
         return self._daemon.mountpoint
-
-    def umount(self) -> None:
-        """Unmount."""
-        self._daemon.stop()
-
-    def reset(self) -> None:
-        """Remove the cache."""
-        shutil.rmtree(self._cache, ignore_errors=True)
-
-    def roles(self) -> Roles:
-        """Its processes."""
-        return self._daemon.roles()
-
-    def origin_requests(self) -> int | None:
-        """Not asked."""
-        return None

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-from bench.memory import Roles
-from bench.systems.daemon import Daemon
+from bench.systems.daemon import Daemon, DaemonSystem
 from bench.systems.port import Site, Warmth, program, run
 
 
-class SeaweedMount:
+class SeaweedMount(DaemonSystem):
     """`weed mount` of the bucket's directory on the filer."""
 
     name = "seaweedfs"
@@ -40,19 +38,3 @@ class SeaweedMount:
         arguments += [f"-cacheCapacityMB={capacity_mb}", f"-localSocket={site.place('tmp')}/weed-mount.sock"]
         self._daemon.start(arguments, site.clean_environment())
         return self._daemon.mountpoint
-
-    def umount(self) -> None:
-        """Unmount."""
-        self._daemon.stop()
-
-    def reset(self) -> None:
-        """Remove the cache."""
-        shutil.rmtree(self._cache, ignore_errors=True)
-
-    def roles(self) -> Roles:
-        """Its processes."""
-        return self._daemon.roles()
-
-    def origin_requests(self) -> int | None:
-        """Not asked."""
-        return None

@@ -119,8 +119,10 @@ class Lane:
             threading.Thread(target=self._work, name=f"lane-{self._threads + 1}", daemon=True).start()
         except RuntimeError as error:
             log.warning("no thread for a fill: %s", error)
+            if not self._threads:
+                return False
             self._idle -= 1  # the next thread that gets free takes this job
-            return self._threads > 0
+            return True
         self._threads += 1
         return True
 

@@ -10,10 +10,12 @@ from bench.results import BY_NAME, Pass, Results
 
 PANELS = (
     "small-cold",
+    "small-far",
     "small-disk",
     "small-shm",
     "small-page",
     "large-cold",
+    "large-far",
     "large-disk",
     "large-shm",
     "large-page",
@@ -22,7 +24,7 @@ PANELS = (
     "random-disk",
     "random-shm",
 )
-_COLUMNS = 4
+_COLUMNS = 5
 _FEWEST_SLOTS = 5
 _OURS, _OTHERS = ("#c2410c", "#fdba74"), ("#475569", "#cbd5e1")
 
@@ -49,7 +51,7 @@ def draw(results: Results, path: Path) -> bool:
     from matplotlib import pyplot
 
     rows = -(-len(panels) // _COLUMNS)
-    figure, axes = pyplot.subplots(rows, _COLUMNS, figsize=(16, 0.6 + 2.5 * rows), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(rows, _COLUMNS, figsize=(19, 0.6 + 2.5 * rows), squeeze=False, layout="constrained")
     for axis, name in zip(axes.flat, panels, strict=False):
         _panel(axis, name, bars(results, name))
     for axis in list(axes.flat)[len(panels) :]:

@@ -34,10 +34,12 @@ SCENARIOS = (
     Scenario("list-second", "list, again", "entries/s"),
     Scenario("stat", "stat of listed names", "files/s"),
     Scenario("small-cold", "small files, cold", "files/s", warm=False),
+    Scenario("small-far", "small files, cold, S3 20 ms away", "files/s", warm=False),
     Scenario("small-disk", "small files, disk-warm", "files/s"),
     Scenario("small-shm", "small files, shm-warm", "files/s"),
     Scenario("small-page", "small files, page-warm", "files/s"),
     Scenario("large-cold", "large file, cold", "MB/s", warm=False),
+    Scenario("large-far", "large file, cold, S3 20 ms away", "MB/s", warm=False),
     Scenario("large-disk", "large file, disk-warm", "MB/s"),
     Scenario("large-shm", "large file, shm-warm", "MB/s"),
     Scenario("large-page", "large file, page-warm", "MB/s"),
@@ -45,6 +47,9 @@ SCENARIOS = (
     Scenario("random-shm", "random 4 KiB, shm-warm", "reads/s"),
     Scenario("readahead-128", "large, shm-warm, 128 KiB read-ahead", "MB/s"),
     Scenario("readahead-4096", "large, shm-warm, 4 MiB read-ahead", "MB/s"),
+    Scenario("unguarded-small", "small files, shm-warm, --low-latency off", "files/s"),
+    Scenario("unguarded-large", "large file, shm-warm, --low-latency off", "MB/s"),
+    Scenario("unguarded-random", "random 4 KiB, shm-warm, --low-latency off", "reads/s"),
     Scenario("survival", "longest stall under kill -9", "ms", warm=False),
     Scenario("idle", "CPU while idle", "%", warm=False),
 )
@@ -62,6 +67,8 @@ class SystemRecord:
     notes: list[str] = field(default_factory=list)
     memory: dict[str, int] = field(default_factory=dict)
     """Peaks in bytes, see `bench.memory.MemorySampler`."""
+    cpu_s_per_gib: dict[str, list[float]] = field(default_factory=dict)
+    """What the large file, cold, took: by the S3 server ("server") and by the system's own processes ("own")."""
 
 
 @dataclass(slots=True)
@@ -74,6 +81,8 @@ class Results:
     samples: dict[tuple[Pass, str, str], list[float]] = field(default_factory=dict)
     facts: dict[str, float] = field(default_factory=dict)
     """Single figures that are no rate, e.g. requests made by the second listing."""
+    remarks: list[str] = field(default_factory=list)
+    """What a reader must know that is about no single system."""
     slow: set[tuple[Pass, str, str]] = field(default_factory=set)
     """Scenarios that are not repeated because one sample took too long."""
     seconds: float = 0.0
@@ -82,6 +91,10 @@ class Results:
         """Record a sample."""
         assert scenario in BY_NAME, scenario
         self.samples.setdefault((which, system, scenario), []).append(value)
+
+    def add_cpu(self, system: str, who: str, seconds: float, size: int) -> None:
+        """Record the CPU time that somebody ("server" or "own") spent on a cold reading of `size` bytes."""
+        self.systems[system].cpu_s_per_gib.setdefault(who, []).append(seconds * (1 << 30) / size)
 
     def count(self, which: Pass, system: str, scenario: str) -> int:
         """Return how many samples there are."""
@@ -114,6 +127,9 @@ class Results:
                 "absent": record.absent,
                 "notes": record.notes,
                 "peak_memory_bytes": record.memory,
+                "large_cold_cpu_s_per_gib": {
+                    who: round(statistics.median(spent), 2) for who, spent in record.cpu_s_per_gib.items()
+                },
             }
             for name, record in self.systems.items()
         }
@@ -124,4 +140,5 @@ class Results:
             "systems": systems,
             "figures": figures,
             "facts": self.facts,
+            "remarks": self.remarks,
         }

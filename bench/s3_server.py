@@ -1,4 +1,4 @@
-"""A real S3 server on loopback for tests, the demo and the benchmark: SeaweedFS, one process, a temporary directory.
+"""A real S3 server on this machine for tests, demo and benchmark: SeaweedFS, one process, a temporary directory.
 
     with S3Server() as server:
         server.put_many("photos", [("a/1.jpg", b"..."), ("a/2.jpg", b"...")])
@@ -42,6 +42,7 @@ GRPC_OFFSET = 10_000
 START_TIMEOUT_S = 30.0
 START_ATTEMPTS = 3
 REGION = "us-east-1"
+LOOPBACK = "127.0.0.1"
 
 # $@ is the server. fd 3 is the pipe: `read` returns when its writing end closes. A job in the background gets /dev/null
 # as its input, hence the explicit <&3; the server must not hold the pipe, hence 3<&-.
@@ -56,6 +57,7 @@ server=$!
 wait $server
 kill -KILL 0
 """
+_GUARD_COMMAND = ("/bin/sh", "-c", _GUARD, "s3-guard")
 
 
 class S3ServerError(RuntimeError):
@@ -69,8 +71,14 @@ class S3Server:
     secret_key = "testsecret"
     region = REGION
 
-    def __init__(self, parent_directory: str | None = None) -> None:
-        """`parent_directory`: where the temporary data directory goes (default: that of tempfile)."""
+    def __init__(
+        self, parent_directory: str | None = None, *, address: str = LOOPBACK, enter: tuple[str, ...] = ()
+    ) -> None:
+        """`parent_directory`: where the temporary data directory goes (default: that of tempfile). `address`: what it
+        listens on; `enter`: the command that starts a program where this address is (`bench.far_link`).
+        """
+        self._address = address
+        self._enter = enter
         self._directory = Path(tempfile.mkdtemp(prefix="cachefs-s3-", dir=parent_directory))
         self._ports: tuple[int, ...] = ()
         self._guard: subprocess.Popen[bytes] | None = None
@@ -137,7 +145,7 @@ class S3Server:
     def _start(self) -> None:
         with (self._directory / "log").open("ab") as log:
             self._guard = subprocess.Popen(
-                ["/bin/sh", "-c", _GUARD, "s3-guard", "\n".join(self._rubbish()), _executable(), *self._arguments()],
+                [*_GUARD_COMMAND, "\n".join(self._rubbish()), *self._enter, _executable(), *self._arguments()],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -167,8 +175,8 @@ class S3Server:
             f"-config_dir={self._directory}",
             "server",
             f"-dir={self._directory}/objects",
-            "-ip=127.0.0.1",
-            "-ip.bind=127.0.0.1",
+            f"-ip={self._address}",
+            f"-ip.bind={self._address}",
             f"-master.port={master}",
             "-master.volumeSizeLimitMB=256",
             "-master.telemetry=false",
@@ -191,7 +199,7 @@ class S3Server:
         """A signed request has to succeed: the port opens before the filer behind it is ready."""
         from botocore.exceptions import BotoCoreError, ClientError
 
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
+        with contextlib.suppress(OSError), socket.create_connection((self._address, self.port), timeout=1):
             try:
                 self.client().list_buckets()
             except (BotoCoreError, ClientError):
@@ -209,12 +217,12 @@ class S3Server:
     @property
     def filer_address(self) -> str:
         """host:port of the filer, for `weed mount`."""
-        return f"127.0.0.1:{self._ports[2]}"
+        return f"{self._address}:{self._ports[2]}"
 
     @property
     def endpoint_url(self) -> str:
         """What to give as --endpoint-url."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self._address}:{self.port}"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -321,7 +329,7 @@ def _free_ports(count: int) -> tuple[int, ...]:
             try:
                 for number in (port, port + GRPC_OFFSET):
                     listener = held.enter_context(socket.socket())
-                    listener.bind(("127.0.0.1", number))
+                    listener.bind((LOOPBACK, number))
             except OSError:
                 continue
             found.append(port)

@@ -3,6 +3,7 @@
 States, the same for everybody:
 
 * cold: no cache directory, freshly mounted; the S3 server's files are in the page cache (obstore just read them).
+* far: cold, and the S3 server is at the other end of a link with a delay (`bench.far_link`).
 * disk-warm: unmounted, every process ended, page cache dropped, mounted again: the system's own disk cache answers.
 * shm-warm: page cache dropped, the system's memory tier full.
 * page-warm: read again at once.
@@ -24,7 +25,7 @@ from typing import Any
 
 from bench import machine
 from bench.dataset import LARGE_NAME, SMALL_DIRECTORY
-from bench.memory import MemorySampler, cpu_seconds
+from bench.memory import MemorySampler, cpu_seconds, session_members
 from bench.results import BY_NAME, Pass, Results
 from bench.systems.cachefs import Cachefs
 from bench.systems.port import Site, System, Warmth
@@ -43,11 +44,14 @@ class ScenarioFailed(Exception):
     """The reader got an error or wrong bytes; the message says which."""
 
 
-def run_program(module: str, spec: dict[str, Any]) -> dict[str, Any]:
-    """Run one of our measuring programs in a process of its own and return its outcome. Raises ScenarioFailed."""
+def run_program(module: str, spec: dict[str, Any], enter: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Run one of our measuring programs in a process of its own and return its outcome. Raises ScenarioFailed.
+
+    `enter` is what starts a program elsewhere (`Site.beside_server`).
+    """
     try:
         done = subprocess.run(
-            [sys.executable, "-m", module],
+            [*enter, sys.executable, "-m", module],
             input=json.dumps(spec),
             capture_output=True,
             text=True,
@@ -107,6 +111,7 @@ class Visit:
                 self.read_ahead(self.system)
                 self.survival(self.system)
                 self.idle(self.system)
+                self.without_guard(self.system)
 
     def cold(self, bucket: str | None) -> None:
         """A first mount with nothing cached."""
@@ -114,16 +119,40 @@ class Visit:
         if bucket is None or not wanted:
             self.mount()
             return
-        self.umount()
-        self.system.reset()
-        run_program("bench.origin", {"action": "warm", **origin_spec(self.site, bucket)})
-        self.mount()
+        self._mount_first_time(bucket)
         if self._due("list-first"):
             self.record("list-first", self.listing())
         if self._due("small-cold"):
             self.record("small-cold", self.small())
         if self._due("large-cold"):
-            self.record("large-cold", self.large())
+            machine.make_memory_resident(3 * self.site.dataset.large_bytes)
+            self.record("large-cold", self._with_cpu_counted(self.large))
+
+    def far(self, bucket: str) -> None:
+        """The same with a server that is far away; nothing else is measured there."""
+        self._mount_first_time(bucket)
+        if self._due("small-far"):
+            self.listing(passes=1)
+            self.record("small-far", self.small())
+        if self._due("large-far"):
+            machine.make_memory_resident(3 * self.site.dataset.large_bytes)
+            self.record("large-far", self.large())
+
+    def _mount_first_time(self, bucket: str) -> None:
+        self.umount()
+        self.system.reset()
+        run_program("bench.origin", {"action": "warm", **origin_spec(self.site, bucket)}, self.site.beside_server)
+        self.mount()
+
+    def _with_cpu_counted(self, action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Keep what a reading of the large file costs the server and the system."""
+        own = [pid for pids in self.system.roles().values() for pid in pids]
+        pids = {"server": server_processes(self.site), "own": own}
+        before = {who: sum(map(cpu_seconds, some)) for who, some in pids.items()}
+        outcome = action()
+        for who, some in pids.items():
+            self.results.add_cpu(self.system.name, who, sum(map(cpu_seconds, some)) - before[who], outcome["bytes"])
+        return outcome
 
     def names(self) -> None:
         """What needs no file content. Counts the requests that the names cost once they are listed."""
@@ -217,6 +246,21 @@ class Visit:
         spent = sum(cpu_seconds(pid) for pid in pids) - before
         self.results.add(Pass.INSTALLED, system.name, "idle", 100 * spent / IDLE_S)
 
+    def without_guard(self, system: Cachefs) -> None:
+        """What the wake-up guard is worth: what the memory tier answers, on a mount that never holds it."""
+        actions = {"small": self.small, "large": self.large, "random": self.random}
+        wanted = [part for part in actions if self._due(f"unguarded-{part}")]
+        if not wanted:
+            return
+        self.umount()
+        with system.with_more("--low-latency", "off"):
+            self.mount()
+            for part in wanted:
+                self.load("small" if part == "small" else "large")
+                machine.drop_page_cache()
+                self.record(f"unguarded-{part}", actions[part]())
+            self.umount()
+
     # -- reading ------------------------------------------------------------------------------------------------------
 
     @property
@@ -242,9 +286,9 @@ class Visit:
             if part not in self._loaded:
                 (self.small if part == "small" else self.large)()
 
-    def listing(self) -> dict[str, Any]:
+    def listing(self, passes: int = LIST_PASSES) -> dict[str, Any]:
         """List the directory of small files."""
-        return self.read({"action": "list", "directory": self.small_directory, "passes": LIST_PASSES})
+        return self.read({"action": "list", "directory": self.small_directory, "passes": passes})
 
     def small(self) -> dict[str, Any]:
         """Read all small files."""
@@ -304,14 +348,26 @@ def origin_spec(site: Site, bucket: str) -> dict[str, Any]:
     }
 
 
-def measure_origin(site: Site, results: Results, wanted: Callable[[str], bool]) -> None:
-    """Record what obstore alone gets from the server."""
-    names = [name for name in ("small-cold", "large-cold") if wanted(name)]
+def measure_origin(site: Site, results: Results, wanted: Callable[[str], bool], state: str = "cold") -> None:
+    """Record what obstore alone gets from the server, for the rows of `state` (cold or far)."""
+    names = [name for name in (f"small-{state}", f"large-{state}") if wanted(name)]
     if names:
-        run_program("bench.origin", {"action": "warm", **origin_spec(site, site.bucket)})
+        run_program("bench.origin", {"action": "warm", **origin_spec(site, site.bucket)}, site.beside_server)
     for name in names:
+        if name.startswith("large"):
+            machine.make_memory_resident(3 * site.dataset.large_bytes)
+        server = server_processes(site)
+        before = sum(map(cpu_seconds, server))
         outcome = run_program("bench.origin", {"action": name.partition("-")[0], **origin_spec(site, site.bucket)})
         results.add(Pass.INSTALLED, "obstore", name, rate(name, outcome))
+        if name == "large-cold":
+            results.add_cpu("obstore", "server", sum(map(cpu_seconds, server)) - before, outcome["bytes"])
+            results.add_cpu("obstore", "own", outcome["cpu_s"], outcome["bytes"])
+
+
+def server_processes(site: Site) -> list[int]:
+    """The processes of the S3 server."""
+    return session_members(site.server_session) if site.server_session else []
 
 
 def _kill_in_turn(system: Cachefs) -> None:

@@ -76,7 +76,7 @@ class S3Config:
         30.0, "How long a reader waits for the store, retries included, before it gets EIO.", unit="duration"
     )
     max_requests: int = setting(
-        32, "Requests to the store in flight at once (lowered by itself while it throttles).", metavar="N"
+        32, "Requests to the bucket in flight at once (lowered by itself while it throttles).", metavar="N"
     )
 
 
@@ -87,7 +87,11 @@ class CacheConfig:
     cache_dir: str = setting(
         "", "Directory of the disk tier (default /var/cache/cachefs, or below ~/.cache).", metavar="DIR"
     )
-    cache_size_bytes: int = setting(20 * GIB, "Most bytes that the disk tier takes (0: no disk tier).", unit="bytes")
+    cache_size_bytes: int = setting(
+        20 * GIB,
+        "Most bytes that the disk tier takes (0: no disk tier; by default not more than 80 % of what is free).",
+        unit="bytes",
+    )
     shm_dir: str = setting(
         "/dev/shm",  # noqa: S108 - a tmpfs, with a directory of our own (0700) in it
         "A tmpfs for the shm tier.",
@@ -95,16 +99,19 @@ class CacheConfig:
         hidden=True,
     )
     shm_size_bytes: int = setting(
-        2 * GIB, "Most bytes that the shm tier takes of the node's memory (0: no shm tier).", unit="bytes"
+        2 * GIB,
+        "Most bytes that the shm tier takes of the node's memory (0: no shm tier; by default not more than half of "
+        "the tmpfs and a quarter of the memory of the machine or container).",
+        unit="bytes",
     )
     block_size_bytes: int = setting(
         MIB,
-        "Size of a block; fixed when the cache directory is first used (64KiB to 16MiB, a power of two).",
+        "Size of a block (64KiB to 16MiB, a power of two); blocks that are in the cache directory keep theirs.",
         unit="bytes",
     )
     memory_limit_bytes: int = setting(
         256 * MIB,
-        "Most anonymous memory of the agent (the tiers have their own limits; at least 128MiB).",
+        "Most anonymous memory of the agent (the tiers have their own limits; at least 128MiB and 96MiB + 8 blocks).",
         unit="bytes",
     )
     runtime_dir: str = setting(
@@ -151,6 +158,11 @@ class FuseConfig:
     read_ahead_bytes: int = setting(4 * MIB, "Read-ahead of the kernel for this mount (needs root).", unit="bytes")
     foreground: bool = setting(False, "Stay in the foreground and log to stderr.")
     ready_timeout_s: float = setting(30.0, "How long `cachefs mount` waits for the mount to answer.", unit="duration")
+    hang_timeout_s: float = setting(
+        30.0,
+        "How long the worker, or an agent that owes an answer, may show no sign of life before it is replaced.",
+        unit="duration",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import sys
+import threading
 import time
 from typing import Any, TextIO
 
@@ -51,6 +53,28 @@ def _one_line(text: str) -> str:
 
 def _timestamp(created: float) -> str:
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(created))}.{int(created * 1000) % 1000:03d}Z"
+
+
+class ThrottledWarning:
+    """At most one line in so many seconds; it says how many were left out. Any thread."""
+
+    __slots__ = ("_interval_s", "_left_out", "_lock", "_next")
+
+    def __init__(self, interval_s: float = 60.0) -> None:
+        self._interval_s = interval_s
+        self._next = -math.inf
+        self._left_out = 0
+        self._lock = threading.Lock()
+
+    def due(self, now_s: float) -> str | None:
+        """Return None (say nothing now) or what to add to the message. `now_s` is of a clock that only goes forward."""
+        with self._lock:
+            if now_s < self._next:
+                self._left_out += 1
+                return None
+            self._next = now_s + self._interval_s
+            left_out, self._left_out = self._left_out, 0
+        return f" (and {left_out} more since the last such line)" if left_out else ""
 
 
 class _TextFormatter(logging.Formatter):

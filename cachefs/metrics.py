@@ -41,7 +41,7 @@ def _count(name: str, text: str) -> Metric:
     return Metric(name, Unit.COUNT, text)
 
 
-# The shm tier: hits are counted by the worker, who reads it; the rest by the agent, who writes it.
+# The shm tier: hits are counted by the worker, who reads it; the rest by the agent, who writes it; faults by both.
 SHM_HITS = _count("shm_hits", "Reads or fills that found their block in the shm tier.")
 SHM_HIT_BYTES = _bytes("shm_hit_bytes", "Bytes that came from the shm tier.")
 SHM_MISSES = _count("shm_misses", "Blocks that were looked for in the shm tier and were not there.")
@@ -49,7 +49,9 @@ SHM_WRITES = _count("shm_writes", "Blocks committed to the shm tier.")
 SHM_WRITE_BYTES = _bytes("shm_write_bytes", "Bytes committed to the shm tier.")
 SHM_EVICTIONS = _count("shm_evictions", "Blocks evicted from the shm tier to make room.")
 SHM_CORRUPT = _count("shm_corrupt", "Blocks of the shm tier that failed their check and were dropped.")
-SHM_FAULTS = _count("shm_faults", "Operations that the shm tier could not do (full, gone); each was handled as a miss.")
+SHM_FAULTS = _count(
+    "shm_faults", "Operations that the shm tier could not do (full, gone, not readable); each was handled as a miss."
+)
 
 # The disk tier.
 DISK_HITS = _count("disk_hits", "Blocks that were read from the disk tier.")
@@ -98,6 +100,7 @@ FUSE_ERRORS = _count("fuse_errors", "Requests that were answered with an error o
 READ_MISSES = _count("read_misses", "READ requests that had to ask the agent.")
 READ_MISS_SECONDS = Metric("read_miss_seconds", Unit.SECONDS, "Time that those READ requests waited.")
 READAHEAD_REQUESTS = _count("readahead_requests", "Readahead messages sent to the agent.")
+HUNG_AGENTS = _count("hung_agents", "Agents that showed no sign of life while an answer was due, and were killed.")
 GUARD_HELD_SECONDS = Metric("guard_held_seconds", Unit.SECONDS, "Time for which the wake-up guard was held.")
 
 METRICS: Mapping[str, Metric] = {value.name: value for value in list(globals().values()) if isinstance(value, Metric)}

@@ -153,27 +153,20 @@ class Changes:
             self._orphan(old.ino)
             self._count(-1, -old.size)
         self.shadowed += shadow
-        ino = self._new_ino()
-        self._put_inode(
-            Inode(
-                ino,
-                FileKind.FILE,
-                parent,
-                name,
-                facts.size,
-                facts.mtime_ns,
-                facts.etag,
-                facts.mode,
-                facts.uid,
-                facts.gid,
-                facts.own_time,
-            )
-        )
-        self._put_dentry(
-            parent, Dentry(ino, FileKind.FILE, name, facts.size, facts.mtime_ns, asked_ns, generation, shadow)
-        )
+        self._put_version(parent, name, facts, asked_ns, generation, shadow)
         self._count(1, facts.size)
         self.changed = True
+
+    def _put_version(
+        self, parent: Ino, name: bytes, facts: FileFacts, asked_ns: int, generation: int, shadowed: bool
+    ) -> None:
+        """A name has a version that was never seen: a new inode."""
+        ino, size, mtime_ns = self._new_ino(), facts.size, facts.mtime_ns
+        own = facts.mode, facts.uid, facts.gid, facts.own_time
+        inode = Inode(ino, FileKind.FILE, parent, name, size, mtime_ns, facts.etag, *own)
+        dentry = Dentry(ino, FileKind.FILE, name, size, mtime_ns, asked_ns, generation, shadowed, own=inode.own)
+        self._put_inode(inode)
+        self._put_dentry(parent, dentry)
 
     def _confirm(self, old: Dentry, inode: Inode, facts: FileFacts, asked_ns: int, generation: int | None) -> None:
         """The same version again: refresh attributes, and dates when `generation` is given."""
@@ -188,10 +181,10 @@ class Changes:
         if now != inode:
             self._put_inode(now)
         if generation is not None:
-            dated = old._replace(mtime_ns=now.mtime_ns, checked_ns=asked_ns, generation=generation)
+            dated = old._replace(mtime_ns=now.mtime_ns, checked_ns=asked_ns, generation=generation, own=now.own)
             self._put_dentry(inode.parent, dated)
-        elif now.mtime_ns != old.mtime_ns:
-            self._put_dentry(inode.parent, old._replace(mtime_ns=now.mtime_ns))
+        elif now.mtime_ns != old.mtime_ns or now.own != old.own:
+            self._put_dentry(inode.parent, old._replace(mtime_ns=now.mtime_ns, own=now.own))
 
     def put_directory(self, parent: Ino, name: bytes, asked_ns: int, generation: int, *, restamp: bool) -> None:
         """A directory exists."""
@@ -259,7 +252,11 @@ class Changes:
         self._txn.put(UNORDERED, b"1", db=self._tables.state)
 
     def touch_directory(self, ino: Ino) -> None:
-        """The entries of a directory changed: this is its mtime, in the inode and in its own dentry."""
+        """The entries of a directory changed: this is its mtime, in the inode and in its own dentry.
+
+        A first listing changes nothing: the time would move under whoever reads the directory meanwhile, and tar ends
+        with "file changed as we read it".
+        """
         inode = self.inode(ino)
         if inode is None:
             return

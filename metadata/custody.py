@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,14 +52,14 @@ def current_boot_id() -> str:
 
 def fingerprint(directory: str, txn: int) -> Fingerprint:
     """Return the fingerprint of an environment whose last transaction is `txn`."""
-    stat = os.stat(Path(directory, DATA_FILE))
-    return Fingerprint(txn, stat.st_size, stat.st_mtime_ns)
+    status = os.stat(Path(directory, DATA_FILE))
+    return Fingerprint(txn, status.st_size, status.st_mtime_ns)
 
 
 def file_identity(directory: str) -> tuple[int, int]:
     """Return what tells the environment's file from one that took its place. Raises OSError."""
-    stat = os.stat(Path(directory, DATA_FILE))
-    return stat.st_dev, stat.st_ino
+    status = os.stat(Path(directory, DATA_FILE))
+    return status.st_dev, status.st_ino
 
 
 def read_stamp(directory: str) -> Stamp | None:
@@ -95,6 +96,15 @@ def occupied(directory: str) -> bool:
     """Return whether something is at this path already, other than an empty directory."""
     path = Path(directory)
     return path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir())))
+
+
+def private(directory: str) -> bool:
+    """Return whether nobody else can have put anything into a directory: the tmpfs is open to all users."""
+    try:
+        status = os.lstat(directory)
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
 
 
 def distrust(directory: str, boot: str) -> str | None:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from cachefs.errors import StaleObject
 from cachefs.types import FileKind, Ino
 from metadata.changes import Tables
-from metadata.names import SLASH, sort_key
-from metadata.records import Dentry, ino_key, unpack_dentry, unpack_directory, unpack_inode
+from metadata.names import SLASH, name_of, sort_key
+from metadata.records import Dentry, Directory, Inode, ino_key, unpack_dentry, unpack_directory, unpack_inode
+
+
+class Listing(NamedTuple):
+    """A part of a directory's listing, as it is at one moment."""
+
+    directory: Directory | None
+    """None: it was never listed."""
+    entries: list[Dentry]
+    own: dict[Ino, Inode]
+    """The inodes of those entries that have attributes of their own."""
 
 
 def place_of(txn: Any, tables: Tables, parent: Ino, ino: Ino) -> bytes:
@@ -21,23 +31,22 @@ def place_of(txn: Any, tables: Tables, parent: Ino, ino: Ino) -> bytes:
     return sort_key(inode.name, inode.kind)
 
 
-def scan(txn: Any, tables: Tables, parent: Ino, after: bytes, limit: int) -> list[Dentry]:
+def listing(txn: Any, tables: Tables, parent: Ino, after: bytes, limit: int) -> Listing:
     """Return up to `limit` visible entries above the sort key `after`; nothing of a directory that was never listed.
 
     While the listing is incomplete only entries count whose sort key with a slash behind it is below the frontier: only
     then is it known that no directory shadows them.
     """
-    known = txn.get(ino_key(parent), db=tables.directories)
+    head = ino_key(parent)
+    known = txn.get(head, db=tables.directories)
     if known is None:
-        return []
+        return Listing(None, [], {})
     directory = unpack_directory(known)
     frontier = None if directory.complete else directory.frontier
-    head = ino_key(parent)
     cursor = txn.cursor(tables.dentries)
     found: list[Dentry] = []
-    if not cursor.set_range(head + after):
-        return found
-    for key, raw in cursor:
+    own: dict[Ino, Inode] = {}
+    for key, raw in cursor if cursor.set_range(head + after) else ():
         if not key.startswith(head) or len(found) >= limit:
             break
         place = key[len(head) :]
@@ -48,6 +57,21 @@ def scan(txn: Any, tables: Tables, parent: Ino, after: bytes, limit: int) -> lis
         dentry = unpack_dentry(place, raw)
         if dentry.visible:
             found.append(dentry)
+            record = txn.get(ino_key(dentry.ino), db=tables.inodes) if dentry.own else None
+            if record is not None:
+                own[dentry.ino] = unpack_inode(dentry.ino, record)
+    return Listing(directory, found, own)
+
+
+def names_in(txn: Any, tables: Tables, parent: Ino, limit: int) -> list[bytes]:
+    """Return up to `limit` names of a directory, whatever became of them."""
+    head = ino_key(parent)
+    cursor = txn.cursor(tables.dentries)
+    found: list[bytes] = []
+    for key, _ in cursor if cursor.set_range(head) else ():
+        if not key.startswith(head) or len(found) >= limit:
+            break
+        found.append(name_of(key[len(head) :])[0])
     return found
 
 

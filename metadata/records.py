@@ -9,7 +9,8 @@ format version; `FORMAT` is the version of the whole environment, and an environ
     orphans      due time, ino        -> what is to be done, and for a sweep the sort key where it goes on
     state        name                 -> format, identity, created, counters, unordered
 
-Name and parent of a dentry are in its key. READDIRPLUS needs nothing but the dentry.
+Name and parent of a dentry are in its key. READDIRPLUS needs nothing but the dentry, and the inode of a file that has a
+mode or an owner of its own.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _DIRECTORY = struct.Struct("<BBIqqqQQ")
 _COUNTERS = struct.Struct("<QQQ")
 
 _HAS_MODE, _HAS_UID, _HAS_GID, _HAS_OWN_TIME = 1, 2, 4, 8
-_SHADOWED, _GONE = 1, 2
+_SHADOWED, _GONE, _OWN = 1, 2, 4
 _KIND_FILE = int(FileKind.FILE)
 
 
@@ -54,6 +55,11 @@ class Inode:
     own_time: bool = False
     """`mtime_ns` comes from the object's user metadata, and the store's time must not replace it."""
 
+    @property
+    def own(self) -> bool:
+        """Whether its mode, uid or gid are not the mount's."""
+        return self.mode is not None or self.uid is not None or self.gid is not None
+
 
 class Dentry(NamedTuple):
     """A name in a directory, with everything that READDIRPLUS says about it.
@@ -74,6 +80,8 @@ class Dentry(NamedTuple):
     """A file whose name is also a directory: never shown."""
     gone: bool = False
     """A directory that vanished at `checked_ns`: never shown, kept so that it gets its number back when it returns."""
+    own: bool = False
+    """See `Inode.own`: what the mount says of mode and owner is not true of this one, the inode has to be asked."""
 
     @property
     def visible(self) -> bool:
@@ -167,7 +175,7 @@ def unpack_inode(ino: Ino, raw: bytes) -> Inode:
 
 def pack_dentry(dentry: Dentry) -> bytes:
     """Return the record of a dentry (its name is in the key)."""
-    flags = (_SHADOWED if dentry.shadowed else 0) | (_GONE if dentry.gone else 0)
+    flags = (_SHADOWED if dentry.shadowed else 0) | (_GONE if dentry.gone else 0) | (_OWN if dentry.own else 0)
     return _DENTRY.pack(
         FORMAT, dentry.kind, flags, dentry.ino, dentry.size, dentry.mtime_ns, dentry.checked_ns, dentry.generation
     )
@@ -177,7 +185,8 @@ def unpack_dentry(key: bytes, raw: bytes) -> Dentry:
     """Return the dentry with this sort key."""
     _, _, flags, ino, size, mtime_ns, checked_ns, generation = _DENTRY.unpack(raw)
     name, kind = name_of(key)
-    return Dentry(ino, kind, name, size, mtime_ns, checked_ns, generation, bool(flags & _SHADOWED), bool(flags & _GONE))
+    shadowed, gone, own = bool(flags & _SHADOWED), bool(flags & _GONE), bool(flags & _OWN)
+    return Dentry(ino, kind, name, size, mtime_ns, checked_ns, generation, shadowed, gone, own)
 
 
 def pack_directory(directory: Directory) -> bytes:

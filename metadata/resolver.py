@@ -13,6 +13,8 @@ Who asks for many names of one directory (`MANY_NAMES` within the ttl) gets a li
 answered from it: a page of a listing answers 1,000 names. A huge directory is not waited for longer than
 `PATIENCE_S`; meanwhile names are asked for one by one. Under strict consistency every name is asked for, and a
 question under way is shared only by those who asked before it was sent.
+
+A version that the store no longer has ends the time of its name (`recheck`), unless names are pinned.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import trio
 
 from cachefs.errors import CachefsError, NotADirectory, NotFound, StorageUnavailable
 from cachefs.store.port import ObjectInfo, ObjectStore
-from cachefs.types import FileKind, Ino
+from cachefs.types import Consistency, FileKind, Ino
 from metadata.facts import FileFacts, Finding, head_facts
 from metadata.flights import Later, SingleFlight
 from metadata.freshness import Absent, Freshness, Known
@@ -103,6 +105,25 @@ class Resolver:
             return answer
         ask = functools.partial(self._ask, parent, name)
         return await self._flights.run((parent, name), ask, fresh=self._freshness.strict)
+
+    async def recheck(self, ino: Ino) -> None:
+        """The store no longer has the version that `ino` names: find out what its name is now, and commit it.
+
+        Nothing is asked when the name leads elsewhere already, when it is pinned (immutable), or when the next look-up
+        asks anyway (strict). Raises AccessDenied, StorageUnavailable.
+        """
+        inode = self._reader.inode(ino)
+        if inode is None or self._freshness.consistency is not Consistency.TTL:
+            return
+        place = inode.parent, inode.name
+
+        async def ask() -> Resolved:
+            known = self._reader.dentry(*place)
+            if known is not None and known.ino == ino:
+                return await self._ask(*place)
+            return Resolved(None if known is None else known.ino, 0.0)
+
+        await self._flights.run(place, ask, fresh=True)
 
     def _known(self, parent: Ino, name: bytes) -> Resolved | None:
         now_ns = time.time_ns()

@@ -5,33 +5,27 @@
   writer.
 * `MetadataWriter` blocks and is called in threads. A lock makes its calls one after the other; one page of a listing
   is one transaction. It never waits for the disk, except once after each sync (metadata.custody says why).
-* The map is virtual address space, not memory. There is no writemap: a full disk has to be an error of a write, not
-  SIGBUS.
 * LMDB forbids opening an environment twice in one process: where the writer lives, use `writer.reader`.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import struct
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import lmdb
-import lmdb.verify
 
 from cachefs.errors import NotFound, StorageUnavailable
 from cachefs.types import NAME_MAX, ROOT_INO, Ino
-from metadata import custody, merge, queries, volume
+from metadata import custody, environment, merge, queries, room, volume
 from metadata.changes import COUNTERS, Changes, Tables
 from metadata.facts import Finding, PageEntries
 from metadata.merge import ListingRun
 from metadata.names import SLASH, decode_key
+from metadata.queries import Listing
 from metadata.records import (
     Counters,
     Dentry,
@@ -46,43 +40,14 @@ from metadata.volume import VolumeIdentity
 
 _log = logging.getLogger(__name__)
 
-MAP_SIZE_BYTES = 64 << 30
-MAX_READERS = 510
-VERIFY_MAX_BYTES = 8 << 20
-"""The offline verifier reads about 60 MB/s: files up to this size are checked in well under 0.3 s."""
 PREFIXES_KEPT = 4096
 """Directory keys that a reader remembers."""
-
-_TABLES = ("inodes", "dentries", "directories", "orphans", "state")
-
-
-class _Untrusted(Exception):
-    """The environment is damaged, foreign, or of another format: it is set aside."""
-
-
-def _open(path: str, *, readonly: bool) -> lmdb.Environment:
-    return lmdb.open(
-        path,
-        map_size=MAP_SIZE_BYTES,
-        max_dbs=len(_TABLES),
-        max_readers=MAX_READERS,
-        max_spare_txns=4,
-        mode=0o600,
-        readonly=readonly,
-        create=not readonly,
-        sync=False,
-        metasync=False,
-    )
-
-
-def _tables(env: lmdb.Environment, *, create: bool) -> Tables:
-    return Tables(*(env.open_db(name.encode(), create=create) for name in _TABLES))
 
 
 class _View:
     """An open environment and what a reader keeps of it. Replaced as a whole when the environment is."""
 
-    __slots__ = ("env", "file", "prefixes", "tables")
+    __slots__ = ("env", "file", "lineage", "prefixes", "tables")
 
     def __init__(self, env: lmdb.Environment, tables: Tables, path: str, file: tuple[int, int]) -> None:
         self.env = env
@@ -90,6 +55,7 @@ class _View:
         self.file = file
         with env.begin() as txn:
             prefix = volume.prefix_of(txn, tables)
+            self.lineage = volume.lineage_of(txn, tables)
         if prefix is None:
             raise StorageUnavailable(f"{path} is not a metadata environment of cachefs")
         self.prefixes: dict[Ino, bytes] = {ROOT_INO: prefix}
@@ -106,11 +72,9 @@ class MetadataReader:
 
     def _open_view(self) -> _View:
         try:
-            file = custody.file_identity(
-                self.path
-            )  # before opening: a replacement in between is then seen by `refresh`
-            env = _open(self.path, readonly=True)
-            return _View(env, _tables(env, create=False), self.path, file)
+            file = custody.file_identity(self.path)  # before it is opened: `refresh` sees what replaces it in between
+            opened = environment.open_readonly(self.path)
+            return _View(opened.env, opened.tables, self.path, file)
         except (lmdb.Error, OSError) as error:
             raise self._unreadable(error) from error
 
@@ -131,6 +95,11 @@ class MetadataReader:
             raise self._unreadable(error) from error
         self._view = self._open_view()
         return True
+
+    @property
+    def lineage(self) -> str:
+        """What this environment and its copies have in common: inode numbers of another lineage mean nothing here."""
+        return self._view.lineage
 
     @contextmanager
     def _read(self, view: _View) -> Iterator[Any]:
@@ -181,8 +150,9 @@ class MetadataReader:
         raw = self._get(view, view.tables.directories, ino_key(ino))
         return None if raw is None else unpack_directory(raw)
 
-    def scan(self, ino: Ino, after: Ino | None, limit: int) -> list[Dentry]:
-        """Return up to `limit` visible entries behind the entry with inode number `after`, in the order of sort keys.
+    def listing(self, ino: Ino, after: Ino | None, limit: int) -> Listing:
+        """Return what is known of a directory's listing, with up to `limit` visible entries behind the entry with inode
+        number `after`, in the order of sort keys. All of it is of one moment.
 
         While the listing is incomplete only entries are returned whose sort key with a slash behind it is below the
         frontier: a directory that shadows a file of its name is known by then. `after` may have lost its name; a number
@@ -191,13 +161,23 @@ class MetadataReader:
         view = self._view
         with self._read(view) as txn:
             first = b"" if after is None else queries.place_of(txn, view.tables, ino, after)
-            return queries.scan(txn, view.tables, ino, first, limit)
+            return queries.listing(txn, view.tables, ino, first, limit)
+
+    def scan(self, ino: Ino, after: Ino | None, limit: int) -> list[Dentry]:
+        """Return the entries of `listing` alone."""
+        return self.listing(ino, after, limit).entries
+
+    def names_in(self, ino: Ino, limit: int) -> list[bytes]:
+        """Return up to `limit` names that were ever found in a directory, listed or not. Reads as many: BLOCKS."""
+        view = self._view
+        with self._read(view) as txn:
+            return queries.names_in(txn, view.tables, ino, limit)
 
     def anything_past(self, ino: Ino, seen: bytes) -> bool:
         """Return whether an incomplete listing has an entry for readers whose sort key is above `seen`."""
         view = self._view
         with self._read(view) as txn:
-            return bool(queries.scan(txn, view.tables, ino, seen, 1))
+            return bool(queries.listing(txn, view.tables, ino, seen, 1).entries)
 
     def key_of(self, ino: Ino) -> str:
         """Return the object's key with the volume's prefix; a directory's ends with a slash (the root's may be empty).
@@ -226,114 +206,63 @@ class MetadataReader:
             return sum(unpack_directory(raw).hidden for _, raw in txn.cursor(view.tables.directories))
 
 
-def _open_trusted(path: str, identity: VolumeIdentity, boot_id: str) -> tuple[lmdb.Environment, Tables]:
-    """Open what exists. Raises _Untrusted, or lmdb.Error for what is not its fault (rights, a full disk)."""
-    reason = custody.distrust(path, boot_id)
-    if reason is None and not custody.closed_cleanly(path):
-        reason = _damage(path)
-    if reason is not None:
-        raise _Untrusted(reason)
-    env: lmdb.Environment | None = None
-    try:
-        env = _open(path, readonly=False)
-        facts = env.info()
-        if (facts["last_pgno"] + 1) * env.stat()["psize"] > os.stat(Path(path, custody.DATA_FILE)).st_size:
-            raise _Untrusted("its file is truncated")
-        if not custody.is_last(path, facts["last_txnid"]):
-            raise _Untrusted("it was changed after it was closed")
-        tables = _tables(env, create=False)
-        with env.begin() as txn:
-            reason = volume.fault(txn, tables, identity)
-        if reason is not None:
-            raise _Untrusted(reason)
-    except BaseException as error:
-        if env is not None:
-            env.close()
-        if isinstance(error, _DAMAGE):
-            raise _Untrusted(f"it is damaged or no metadata environment ({error})") from error
-        raise
-    return env, tables
-
-
-_DAMAGE = (
-    lmdb.InvalidError,
-    lmdb.CorruptedError,
-    lmdb.VersionMismatchError,
-    lmdb.PageNotFoundError,
-    lmdb.NotFoundError,
-    lmdb.IncompatibleError,
-    lmdb.PanicError,
-    ValueError,
-    struct.error,
-)
-
-
-def _damage(path: str) -> str | None:
-    """Run the offline verifier over a file that is small enough, and return its first finding."""
-    if os.stat(Path(path, custody.DATA_FILE)).st_size > VERIFY_MAX_BYTES:
-        return None
-    try:
-        problems = lmdb.verify.verify(path)  # type: ignore[no-untyped-call]
-    except Exception as error:  # noqa: BLE001 - any way to fall over a file is a finding about that file
-        problems = [str(error)]
-    return f"the verifier found: {problems[0]}" if problems else None
-
-
-def _create(path: str, identity: VolumeIdentity, boot_id: str) -> tuple[lmdb.Environment, Tables]:
-    Path(path).mkdir(mode=0o700, parents=True, exist_ok=True)
-    custody.write_stamp(path, custody.Stamp(boot_id, None))
-    env = _open(path, readonly=False)
-    tables = _tables(env, create=True)
-    with env.begin(write=True) as txn:
-        volume.found(txn, tables, identity, time.time_ns())
-    return env, tables
-
-
 class MetadataWriter:
     """The one writer of a volume's metadata. Calls block, and raise StorageUnavailable when nothing can be written."""
 
-    def __init__(self, path: str, identity: VolumeIdentity, *, boot_id: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        identity: VolumeIdentity,
+        *,
+        boot_id: str | None = None,
+        make_room: room.MakeRoom | None = None,
+    ) -> None:
+        """Open or begin it. `make_room` can have others leave room on the file system. Raises StorageUnavailable."""
         self.path = path
         self.identity = identity
-        self.set_aside: str | None = None
-        """Why the environment that was found could not be used; None: it could, or there was none."""
         self._boot_id = boot_id or custody.current_boot_id()
         self._lock = threading.Lock()
         try:
-            self._env, self._tables = self._open_or_create()
+            opened = environment.open_or_create(path, identity, self._boot_id)
+            self._env, self._tables = opened.env, opened.tables
+            self.set_aside = opened.set_aside
+            """Why the environment that was found could not be used; None: it could, or there was none."""
             self._env.reader_check()
             with self._env.begin() as txn:
                 self._unordered = volume.is_unordered(txn, self._tables)
+            self._page_bytes = int(self._env.stat()["psize"])
+            self._ahead = room.PagesAhead(path, make_room)
         except (lmdb.Error, OSError) as error:
-            raise StorageUnavailable(f"no metadata can be kept in {path}: {error}") from error
+            raise room.failure(f"no metadata can be kept in {path}", error) from error
         self._dirty = not custody.closed_cleanly(path)
         self.reader = MetadataReader(path, shared=(self._env, self._tables))
         """Reads what this writer has committed."""
-
-    def _open_or_create(self) -> tuple[lmdb.Environment, Tables]:
-        if custody.occupied(self.path):
-            try:
-                return _open_trusted(self.path, self.identity, self._boot_id)
-            except _Untrusted as reason:
-                self.set_aside = str(reason)
-                where = custody.set_aside(self.path)
-                _log.warning("metadata in %s is not used: %s; it is now %s", self.path, reason, where)
-        return _create(self.path, self.identity, self._boot_id)
 
     @contextmanager
     def _change(self, now_ns: int) -> Iterator[Changes]:
         """One write transaction; nothing of it remains when the body or the commit fails."""
         with self._lock:
             try:
-                if not self._dirty:
-                    custody.write_stamp(self.path, custody.Stamp(self._boot_id, None))
-                    self._dirty = True
+                self._mark_dirty()
+                self._ahead.prepare((self._env.info()["last_pgno"] + 1) * self._page_bytes)
                 with self._env.begin(write=True) as txn:
                     changes = Changes(txn, self._tables, now_ns)
                     yield changes
                     changes.finish()
             except (lmdb.Error, OSError) as error:
-                raise StorageUnavailable(f"metadata in {self.path} cannot be written: {error}") from error
+                raise self._ahead.failure(f"metadata in {self.path} cannot be written", error) from error
+
+    def _mark_dirty(self) -> None:
+        """Say that the environment is about to be written to. Raises OSError."""
+        if self._dirty:
+            return
+        try:
+            custody.write_stamp(self.path, custody.Stamp(self._boot_id, None))
+        except OSError as error:
+            if not (room.is_full(error) and self._ahead.make_room()):
+                raise
+            custody.write_stamp(self.path, custody.Stamp(self._boot_id, None))
+        self._dirty = True
 
     def commit_name(self, parent: Ino, name: bytes, finding: Finding, asked_ns: int, now_ns: int) -> Ino | None:
         """Write down what one name is, asked for at `asked_ns`; return the inode that the name has now, if any.
@@ -412,7 +341,11 @@ class MetadataWriter:
     def close(self) -> None:
         """Sync and close. Readers in this process must not be used any more."""
         try:
+            if self._ahead.held:
+                self._mark_dirty()  # giving back changes the file's time, which the stamp names
+                self._ahead.release()
             self.sync_and_mark()
-        except StorageUnavailable as error:
-            _log.warning("%s; it is checked when it is opened again", error)
+        except (StorageUnavailable, OSError) as error:
+            _log.warning("metadata in %s is not closed well: %s; it is checked when opened again", self.path, error)
         self._env.close()
+        self._ahead.close()

@@ -63,6 +63,20 @@ def found(txn: Any, tables: Tables, identity: VolumeIdentity, now_ns: int) -> No
     txn.put(ino_key(ROOT_INO), pack_inode(root), db=tables.inodes)
 
 
+def renumber(txn: Any, tables: Tables) -> None:
+    """Let a copy of an environment go on at other numbers than its original, which may go on as well: above the next
+    2**32, and at random, so that two copies go on at different ones too.
+    """
+    counters = Counters.unpack(txn.get(COUNTERS, b"", db=tables.state))
+    counters.next_ino += (1 << 32) + secrets.randbelow(1 << 40)
+    txn.put(COUNTERS, counters.pack(), db=tables.state)
+
+
+def lineage_of(txn: Any, tables: Tables) -> str:
+    """Return what an environment and its copies have in common, and no other has: when the first of them began."""
+    return bytes(txn.get(CREATED, b"", db=tables.state)).decode("ascii", "replace")
+
+
 def prefix_of(txn: Any, tables: Tables) -> bytes | None:
     """Return the volume's prefix, None when this is no environment of cachefs."""
     identity = txn.get(_IDENTITY, db=tables.state)

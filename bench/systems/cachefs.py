@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import cachefs
@@ -51,6 +54,16 @@ class Cachefs:
     def mount(self) -> Path:
         """Mount."""
         return self.mounted.mount()
+
+    @contextmanager
+    def with_more(self, *more: str) -> Iterator[None]:
+        """Mounts in this block have more options."""
+        before = self.mounted.options
+        self.mounted.options = replace(before, more=(*before.more, *more))
+        try:
+            yield
+        finally:
+            self.mounted.options = before
 
     def umount(self) -> None:
         """Unmount, end the agent, remove the shm tier."""

@@ -38,6 +38,10 @@ class Site:
     environment: dict[str, str]
     bucket: str
     filer_address: str
+    server_session: int = 0
+    """The session that the processes of the S3 server are in (0: not known)."""
+    beside_server: tuple[str, ...] = ()
+    """What starts a program where the server is, when that is behind a link."""
 
     def place(self, *parts: str) -> Path:
         """Return a directory below the work directory, made when missing."""

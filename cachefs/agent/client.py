@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import socket
+import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import trio
 
 from cachefs import errors
 from cachefs.agent import framing, messages
-from cachefs.agent.launch import failure_error
+from cachefs.agent.launch import OtherVersion, failure_error
 from cachefs.agent.sender import Sender
 from cachefs.types import Ino, Tier
 from cachefs.vfs.ports import FilledBlock, ListingProgress, Resolution
@@ -32,11 +34,13 @@ SETTLED_S = 0.25
 """A connection that ended sooner counts as a failure: an agent that hangs up on us is not called again at once."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Question:
     frame: bytes
-    answered: trio.Event = field(default_factory=trio.Event)
-    answer: messages.Answer | None = None
+    answered: Callable[[messages.Answer], None]
+    """Called in the trio thread."""
+    expires_at: float = math.inf
+    """By time.monotonic: when an asker without a task gives up."""
 
 
 class AgentClient:
@@ -48,31 +52,52 @@ class AgentClient:
     def __init__(
         self,
         connect: Callable[[], socket.socket],
+        replace: Callable[[], socket.socket],
         attach: Callable[[int], messages.Attach],
         on_attached: Callable[[messages.Attached], Awaitable[None]],
         io_timeout_s: float,
+        *,
+        patient: bool = False,
     ) -> None:
-        """`connect` blocks and runs in a thread; `attach` builds the first message of every connection."""
+        """`connect` and `replace` block and run in a thread: the one returns a connection to the agent, the other puts
+        one of our own version in its place first. `attach` builds the first message of every connection.
+
+        `patient`: also the first attach is tried until it works, because somebody serves without it meanwhile.
+        """
         self._connect = connect
+        self._replace = replace
         self._attach = attach
         self._on_attached = on_attached
         self._deadline_s = io_timeout_s + GRACE_S
+        self._patient = patient
+        self.tried = trio.Event()
+        """Set when the first attach has succeeded or failed."""
         self._ids = itertools.count(1)
         self._questions: dict[int, _Question] = {}
         self._sender: Sender | None = None
+        self._introducing = False
+        self.received = 0
+        """Grows with everything that comes from an agent."""
         self.pid = 0
         """Process of the agent, 0 while there is no connection."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether an answer of the agent is due."""
+        return self._introducing or bool(self._questions)
 
     # -- the connection
     # -------------------------------------------------------------------------------------------------
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Keep a connection, for ever. Reports started after the first attach; raises if that one fails for good.
+        """Keep a connection, for ever. Reports started after the first attach; raises if that one fails, unless it is
+        patient.
 
         Afterwards only MountError is raised: this worker cannot go on with that agent, but another one can.
         """
         failures = 0
         started = False
+        said = ""
         while True:
             try:
                 await trio.sleep(RETRY_S[min(failures, len(RETRY_S) - 1)])
@@ -81,14 +106,19 @@ class AgentClient:
                     if not started:
                         started = True
                         task_status.started()
+                    self.tried.set()
+                    said = ""
                     began = trio.current_time()
                     await self._converse(stream)
                     failures = 0 if trio.current_time() > began + SETTLED_S else failures + 1
             except errors.MountError:
                 raise
             except (errors.CachefsError, OSError) as error:
-                log.warning("the agent cannot be reached: %s", error)
-                if not started:
+                # Once, not at every try: an agent that cannot start for an hour is one line.
+                level = logging.DEBUG if str(error) == said else logging.WARNING
+                log.log(level, "the agent cannot be reached: %s", error)
+                said = str(error)
+                if not started and not self._patient:
                     raise
                 failures += 1
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
@@ -96,16 +126,22 @@ class AgentClient:
                 failures += 1
             finally:
                 self.pid = 0
+                self.tried.set()
 
     async def _open(self) -> trio.SocketStream:
-        """Connect and attach."""
-        connection = await trio.to_thread.run_sync(self._connect, abandon_on_cancel=True)
+        """Connect and attach; take the place of an agent that is too old. Raises AgentUnavailable, MountError."""
+        try:
+            return await self._attach_to(self._connect)
+        except OtherVersion as error:
+            log.debug("%s", error)
+            return await self._attach_to(self._replace)
+
+    async def _attach_to(self, connect: Callable[[], socket.socket]) -> trio.SocketStream:
+        connection = await trio.to_thread.run_sync(connect, abandon_on_cancel=True)
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(connection))
         try:
             answer = await self._introduce(stream)
             if isinstance(answer, messages.Failure):
-                if answer.kind == "version":
-                    raise errors.MountError(f"{answer.text}, and this worker {messages.PROTOCOL_VERSION}")
                 raise failure_error(answer)
             assert isinstance(answer, messages.Attached)
             self.pid = answer.pid
@@ -117,15 +153,20 @@ class AgentClient:
 
     async def _introduce(self, stream: trio.SocketStream) -> messages.Answer:
         frames = framing.answers()
-        await stream.send_all(framing.encode(self._attach(next(self._ids))))
-        while received := await stream.receive_some(RECEIVE_BYTES):
-            for answer in frames.feed(received):
-                return answer
+        self._introducing = True
+        try:
+            await stream.send_all(framing.encode(self._attach(next(self._ids))))
+            while received := await stream.receive_some(RECEIVE_BYTES):
+                for answer in frames.feed(received):
+                    return answer
+        finally:
+            self._introducing = False
+            self.received += 1
         raise trio.BrokenResourceError("the agent closed the connection")
 
     async def _converse(self, stream: trio.SocketStream) -> None:
         self._sender = sender = Sender(stream)
-        for question in self._questions.values():
+        for question in list(self._questions.values()):  # other threads add to it; they look for the sender after that
             sender.send(question.frame)
         try:
             async with trio.open_nursery() as nursery:
@@ -133,18 +174,19 @@ class AgentClient:
                 await self._receive(stream)
                 nursery.cancel_scope.cancel()
         finally:
-            self._sender = None  # before the stream is closed: its descriptor's number may be another file's then
+            self._sender = None
+            sender.stop()
         log.warning("the agent (pid %d) is gone, looking for another", self.pid)
 
     async def _receive(self, stream: trio.SocketStream) -> None:
         frames = framing.answers()
         try:
             while received := await stream.receive_some(RECEIVE_BYTES):
+                self.received += 1
                 for answer in frames.feed(received):
                     question = self._questions.pop(answer.id, None)
                     if question is not None:
-                        question.answer = answer
-                        question.answered.set()
+                        question.answered(answer)
         except (trio.BrokenResourceError, OSError, errors.ProtocolError) as error:
             log.warning("connection to the agent broke: %s", error)
 
@@ -155,20 +197,38 @@ class AgentClient:
 
     async def _ask(self, build: Callable[[int], messages.Message]) -> messages.Answer:
         identity = next(self._ids)
-        question = _Question(framing.encode(build(identity)))
+        answers: list[messages.Answer] = []
+        answered = trio.Event()
+
+        def take(answer: messages.Answer) -> None:
+            answers.append(answer)
+            answered.set()
+
+        question = _Question(framing.encode(build(identity)), take)
         self._questions[identity] = question
         if self._sender is not None:
             self._sender.send(question.frame)
         try:
             with trio.move_on_after(self._deadline_s):
-                await question.answered.wait()
+                await answered.wait()
         finally:
             self._questions.pop(identity, None)
-        if question.answer is None:
-            raise errors.AgentUnavailable(f"no answer from the agent within {self._deadline_s:g} s")
-        if isinstance(question.answer, messages.Failure):
-            raise failure_error(question.answer)
-        return question.answer
+        if not answers:
+            raise self._silence()
+        if isinstance(answers[0], messages.Failure):
+            raise failure_error(answers[0])
+        return answers[0]
+
+    def _silence(self) -> errors.AgentUnavailable:
+        return errors.AgentUnavailable(f"no answer from the agent within {self._deadline_s:g} s")
+
+    def expire(self) -> None:
+        """Give up questions without a task whose time is over. Call it every second or so."""
+        now = time.monotonic()
+        for identity, question in list(self._questions.items()):
+            if now > question.expires_at and self._questions.pop(identity, None) is not None:
+                late = self._silence()
+                question.answered(messages.Failure(id=identity, kind=type(late).__name__, text=str(late)))
 
     # -- AgentPort
     # ------------------------------------------------------------------------------------------------------
@@ -187,11 +247,27 @@ class AgentClient:
 
     async def fill(self, ino: Ino, first: int, count: int, *, inline: bool = False) -> list[FilledBlock]:
         """See `AgentPort.fill`."""
-        answer = await self._ask(lambda i: messages.Fill(id=i, ino=ino, first=first, count=count, inline=inline))
-        assert isinstance(answer, messages.Filled)
-        return [FilledBlock(index, Tier(tier), payload) for index, tier, payload in answer.blocks]
+        return _blocks(await self._ask(lambda i: messages.Fill(id=i, ino=ino, first=first, count=count, inline=inline)))
 
-    async def readahead(self, ino: Ino, first: int, count: int) -> None:
+    def request_fill(
+        self, ino: Ino, first: int, count: int, answer: Callable[[list[FilledBlock] | errors.CachefsError], None]
+    ) -> bool:
+        """See `AgentPort.request_fill`."""
+        if self._sender is None:
+            return False
+
+        def take(reply: messages.Answer) -> None:
+            answer(failure_error(reply) if isinstance(reply, messages.Failure) else _blocks(reply))
+
+        identity = next(self._ids)
+        frame = framing.encode(messages.Fill(id=identity, ino=ino, first=first, count=count, inline=False))
+        self._questions[identity] = _Question(frame, take, time.monotonic() + self._deadline_s)
+        sender = self._sender
+        if sender is not None:  # else, or when it breaks now, it is asked on the next connection
+            sender.send(frame)
+        return True
+
+    def readahead(self, ino: Ino, first: int, count: int) -> None:
         """See `AgentPort.readahead`."""
         self.tell(messages.Readahead(ino=ino, first=first, count=count))
 
@@ -201,8 +277,7 @@ class AgentClient:
         assert isinstance(answer, messages.CachedBlocks)
         return {Tier(name): count for name, count in answer.blocks.items()}
 
-    async def usage(self) -> tuple[int, int]:
-        """See `AgentPort.usage`."""
-        answer = await self._ask(lambda i: messages.Usage(id=i))
-        assert isinstance(answer, messages.UsageReply)
-        return answer.used_bytes, answer.objects
+
+def _blocks(answer: messages.Answer) -> list[FilledBlock]:
+    assert isinstance(answer, messages.Filled)
+    return [FilledBlock(index, Tier(tier), payload) for index, tier, payload in answer.blocks]

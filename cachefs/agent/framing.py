@@ -10,6 +10,8 @@ import msgspec
 from cachefs import errors
 from cachefs.agent.messages import MAX_MESSAGE_BYTES, Answer, Message, Request
 
+LARGE_HEAD_BYTES = 4096
+"""What is in a message beside the bytes that it carries; more of it costs a copy."""
 _LENGTH = struct.Struct(">I")
 _encoder = msgspec.msgpack.Encoder()
 T = TypeVar("T")
@@ -19,6 +21,14 @@ def encode(message: Message) -> bytes:
     """Return one message as a frame."""
     body = _encoder.encode(message)
     return _LENGTH.pack(len(body)) + body
+
+
+def encode_large(message: Message, payload_bytes: int) -> bytearray:
+    """Return a message that carries so many bytes as a frame: with one copy of them, where `encode` makes two."""
+    frame = bytearray(_LENGTH.size + payload_bytes + LARGE_HEAD_BYTES)
+    _encoder.encode_into(message, frame, _LENGTH.size)
+    _LENGTH.pack_into(frame, 0, len(frame) - _LENGTH.size)
+    return frame
 
 
 class Frames(Generic[T]):

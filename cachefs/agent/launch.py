@@ -2,35 +2,45 @@
 
 Everything here BLOCKS; `cachefs mount` calls it before it mounts, workers call it in a thread when their agent has
 died. Two callers at once start one agent: they take turns under a lock, and the second finds the first one's agent.
-The agent itself holds another lock for as long as it lives, so there is never a second one even if somebody starts it
-by hand.
+The agent itself holds other locks for as long as it lives (`cachefs.agent.presence`), so there is never a second one
+even if somebody starts it by hand or with another runtime directory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
 import select
+import signal
 import socket
+import struct
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from cachefs import __version__, errors
 from cachefs.agent import framing, messages
 from cachefs.config import CacheConfig, Config, LogConfig, as_plain
-from cachefs.runtime import RuntimeDir
+from cachefs.runtime import RuntimeDir, lock_holder
 
 CONNECT_RETRY_S = 0.02
+LIFE_S = 2.0
 RUNNING_RETRY_S = 0.1
 """Another agent holds the lock and does not listen yet (or any more): each look starts a process."""
 _PROXY_NAMES = frozenset({"http_proxy", "https_proxy", "all_proxy", "no_proxy"})
+_CREDENTIALS = struct.Struct("3i")
+"""struct ucred: process, user, group of whoever listens."""
 _NOBODY = frozenset({errno.ENOENT, errno.ECONNREFUSED})
+
+
+class OtherVersion(errors.AgentUnavailable):
+    """The agent that runs does not speak our protocol (see `cachefs.agent.succession`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +58,36 @@ class AgentPlan:
         return RuntimeDir(self.cache.runtime_dir)
 
     @property
+    def lock_path(self) -> str:
+        """What the running agent holds."""
+        return self.runtime.agent(self.cache.cache_dir, "lock")
+
+    @property
     def socket_path(self) -> str:
         """Where the agent listens."""
         return self.runtime.agent(self.cache.cache_dir, "sock")
+
+
+def silent_listener(path: str, lock_path: str, timeout_s: float) -> int:
+    """Return the process that listens at `path` and shows no reaction within this time; 0 for one that does, and when
+    nobody listens. Raises OSError.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(timeout_s)
+        pid = 0
+        try:
+            connection.connect(path)
+            credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            pid = _CREDENTIALS.unpack(credentials)[0]
+            connection.sendall(framing.encode(messages.Ping(id=1)))
+            connection.recv(1)
+        except TimeoutError:
+            return pid
+        except BlockingIOError:  # so many wait already that there is no room for one more
+            return lock_holder(lock_path)
+        except (FileNotFoundError, ConnectionError):
+            return 0
+    return 0
 
 
 def connect(path: str) -> socket.socket | None:
@@ -64,7 +101,7 @@ def connect(path: str) -> socket.socket | None:
         connection.close()
         if error.errno in _NOBODY:
             return None
-        raise errors.AgentUnavailable(f"cannot reach the agent at {path}: {error.strerror}") from error
+        raise errors.AgentUnavailable(f"cannot reach the agent at {path}: {error.strerror or error}") from error
     return connection
 
 
@@ -77,15 +114,30 @@ def ensure_agent(plan: AgentPlan, timeout_s: float) -> socket.socket:
     if connection is not None:
         return connection
     deadline = time.monotonic() + timeout_s
-    with open(plan.runtime.agent(plan.cache.cache_dir, "start"), "w", encoding="ascii") as turn:
-        _take_turn(turn.fileno(), deadline)
-        while True:
-            connection = connect(path)
-            if connection is not None:
-                return connection
-            _start(plan, deadline)
-            if time.monotonic() > deadline:
-                raise errors.AgentUnavailable(f"the agent did not listen at {path} within {timeout_s:g} s")
+    with turn(plan, deadline):
+        return start_agent(plan, deadline)
+
+
+@contextlib.contextmanager
+def turn(plan: AgentPlan, deadline: float) -> Iterator[None]:
+    """Hold the right to start the agent of a cache directory. Raises AgentUnavailable when others hold it too long."""
+    with open(plan.runtime.agent(plan.cache.cache_dir, "start"), "w", encoding="ascii") as file:
+        _take_turn(file.fileno(), deadline)
+        yield
+
+
+def start_agent(plan: AgentPlan, deadline: float) -> socket.socket:
+    """Return a connection to the agent, which is started if none listens. Only in one's turn. Raises AgentUnavailable
+    with the agent's own words.
+    """
+    path = plan.socket_path
+    while True:
+        connection = connect(path)
+        if connection is not None:
+            return connection
+        _start(plan, deadline)
+        if time.monotonic() > deadline:
+            raise errors.AgentUnavailable(f"the agent did not listen at {path} in time")
 
 
 def _take_turn(descriptor: int, deadline: float) -> None:
@@ -100,10 +152,10 @@ def _take_turn(descriptor: int, deadline: float) -> None:
 
 def _start(plan: AgentPlan, deadline: float) -> None:
     """Start the agent and wait until it listens, fails, or the deadline is over."""
-    log_path = plan.runtime.agent(plan.cache.cache_dir, "log")
+    log_path = _log_path(plan)
     ready, report = os.pipe()
     try:
-        with open(log_path, "ab", opener=_private) as log:
+        with open(log_path, "ab", opener=_private) as log, _sigterm_blocked():
             child = subprocess.Popen(
                 [plan.python, "-m", "cachefs.agent.main", "--ready-fd", str(report)],
                 stdin=subprocess.PIPE,
@@ -124,7 +176,8 @@ def _start(plan: AgentPlan, deadline: float) -> None:
     try:
         assert child.stdin is not None
         with child.stdin as stdin:
-            stdin.write(json.dumps({"cache": as_plain(plan.cache), "log": as_plain(plan.log)}).encode())
+            given = {"cache": as_plain(plan.cache), "log": as_plain(plan.log), "log_file": log_path}
+            stdin.write(json.dumps(given).encode())
     except BrokenPipeError:
         pass  # it has died already; its report says more
     with open(ready, "rb") as reports:
@@ -141,6 +194,30 @@ def _start(plan: AgentPlan, deadline: float) -> None:
         time.sleep(RUNNING_RETRY_S)
 
 
+def _log_path(plan: AgentPlan) -> str:
+    """Return where the agent logs: to the log file that was asked for, if it can be written, for a worker that needs an
+    agent is not to fail because of it (`cachefs mount` does).
+    """
+    own = plan.runtime.agent(plan.cache.cache_dir, "log")
+    if not plan.log.log_file:
+        return own
+    try:
+        os.close(_private(plan.log.log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC))
+    except OSError:
+        return own
+    return plan.log.log_file
+
+
+@contextlib.contextmanager
+def _sigterm_blocked() -> Iterator[None]:
+    """Block SIGTERM in this thread, for a child that inherits that and unblocks it when it can end in order."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
@@ -153,9 +230,17 @@ def aws_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def attach_message(
-    config: Config, environment: Mapping[str, str], mount_id: str, mountpoint: str, *, request_id: int, check: bool
+    config: Config,
+    environment: Mapping[str, str],
+    mount_id: str,
+    mountpoint: str,
+    *,
+    request_id: int,
+    check: bool,
+    mounted_at_s: float,
+    given: Collection[str] = (),
 ) -> messages.Attach:
-    """Return the message by which a mount introduces itself."""
+    """Return the message by which a mount introduces itself. `given`: settings that somebody asked for."""
     return messages.Attach(
         id=request_id,
         protocol=messages.PROTOCOL_VERSION,
@@ -166,42 +251,66 @@ def attach_message(
         volume={"s3": as_plain(config.s3), "metadata": as_plain(config.metadata), "cache": as_plain(config.cache)},
         environment=aws_environment(environment),
         check=check,
+        mounted_at_s=mounted_at_s,
+        given=sorted(given),
     )
 
 
 def check_volume(
-    config: Config, environment: Mapping[str, str], mount_id: str, mountpoint: str, python: str
+    config: Config,
+    environment: Mapping[str, str],
+    mount_id: str,
+    mountpoint: str,
+    python: str,
+    mounted_at_s: float,
+    given: Collection[str],
 ) -> list[str]:
     """Start the agent if needed and let it check that the bucket can be listed. Returns notices for the person who
     mounts.
 
-    Raises BucketNotFound, CredentialsError, AccessDenied, StorageUnavailable, UsageError or AgentUnavailable, each
-    with a message for a person.
+    Raises BucketNotFound, CredentialsError, AccessDenied, StorageUnavailable, UsageError, OtherVersion or
+    AgentUnavailable, each with a message for a person.
     """
     plan = AgentPlan(config.cache, config.log, python, environment)
     timeout_s = config.fuse.ready_timeout_s
-    attach = attach_message(config, environment, mount_id, mountpoint, request_id=1, check=True)
-    answer = ask(ensure_agent(plan, timeout_s), attach, timeout_s)
-    if isinstance(answer, messages.Failure) and answer.kind == "version":
-        stop_agent(plan.socket_path, timeout_s)
+    attach = attach_message(
+        config, environment, mount_id, mountpoint, request_id=1, check=True, mounted_at_s=mounted_at_s, given=given
+    )
+    try:
         answer = ask(ensure_agent(plan, timeout_s), attach, timeout_s)
+    except errors.AgentUnavailable as error:
+        raise errors.AgentUnavailable(_why_silent(plan) or str(error)) from error
     if isinstance(answer, messages.Failure):
         raise failure_error(answer)
     assert isinstance(answer, messages.Attached)
     return list(answer.notices)
 
 
-def stop_agent(path: str, timeout_s: float) -> None:
-    """Ask a running agent to end at once, and wait until it does not listen any more."""
+def _why_silent(plan: AgentPlan) -> str:
+    """Return what to do about an agent that hangs. (A worker replaces it; somebody who mounts waits less long.)"""
+    try:
+        pid = silent_listener(plan.socket_path, plan.lock_path, LIFE_S)
+    except OSError:
+        return ""
+    return f"the agent of {plan.cache.cache_dir} hangs: end it with `kill -9 {pid}` and mount again" if pid else ""
+
+
+def stop_agent(path: str, timeout_s: float, *, force: bool) -> bool:
+    """Ask a running agent to end, and wait until it does not listen any more. Returns False when it stays because
+    mounts are attached (never with `force`).
+    """
     connection = connect(path)
-    if connection is not None:
-        ask(connection, messages.Stop(id=1, force=True), timeout_s)
+    if connection is not None and isinstance(
+        ask(connection, messages.Stop(id=1, force=force), timeout_s), messages.Failure
+    ):
+        return False
     deadline = time.monotonic() + timeout_s
     while (connection := connect(path)) is not None:
         connection.close()
         if time.monotonic() > deadline:
             raise errors.AgentUnavailable(f"the old agent at {path} does not end")
         time.sleep(CONNECT_RETRY_S)
+    return True
 
 
 def ask(connection: socket.socket, request: messages.Message, timeout_s: float) -> messages.Answer:
@@ -221,6 +330,8 @@ def ask(connection: socket.socket, request: messages.Message, timeout_s: float) 
 
 def failure_error(failure: messages.Failure) -> errors.CachefsError:
     """Return the exception that a Failure stands for."""
+    if failure.kind == messages.OTHER_VERSION:
+        return OtherVersion(f"{failure.text}, and this is {__version__} with protocol {messages.PROTOCOL_VERSION}")
     kind = getattr(errors, failure.kind, None)
     if isinstance(kind, type) and issubclass(kind, errors.CachefsError):
         return kind(failure.text)

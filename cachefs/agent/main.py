@@ -6,99 +6,98 @@ idle) or `cachefs agent` (foreground, stays).
 
 from __future__ import annotations
 
-import fcntl
+import dataclasses
+import functools
 import json
 import logging
 import math
 import os
 import shutil
 import signal
-import stat
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import trio
 
 from cachefs import __version__, errors
+from cachefs.agent import inheritance
 from cachefs.agent.crash_guard import CrashGuard
 from cachefs.agent.memory import anonymous_bytes, give_back, tune_allocator
+from cachefs.agent.messages import PROTOCOL_VERSION
+from cachefs.agent.places import AgentPaths, is_own
+from cachefs.agent.presence import AlreadyRunning, Presence
 from cachefs.agent.server import Server
 from cachefs.agent.volumes import Volumes
 from cachefs.block.block_cache import BlockCache
 from cachefs.block.lmdb_tier import TierWriter
+from cachefs.block.tier_opening import settled_block_size
 from cachefs.config import CacheConfig, LogConfig, from_plain
 from cachefs.logs import configure
 from cachefs.metrics import Counters
-from cachefs.runtime import RuntimeDir, shm_directory
+from cachefs.mount.journal import shorten_stderr
+from cachefs.runtime import own_directory
 from cachefs.types import Tier
+from metadata.room import MetadataFull
+from metadata.store import MetadataWriter
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SWEEP_S = 5.0
-PROBE_BYTES = 1 << 20
-"""A full disk lets files be made that nothing can be written to."""
+LEAST_LIFE_S = 5.0
+"""How long an agent lives that finds no room for metadata: a disk that fills and empties must not be a restart loop."""
+PARTING_S = 0.5
+"""How long an agent that was told to end waits for mounts that were told so as well."""
 SETTLE_S = 60.0
 QUIET_BYTES = 96 << 20
 """Over this much anonymous memory a quiet agent gives free pages back."""
-ORIGIN_THREADS = 32
-"""Range reads in flight; each store's own limiter (`--max-requests`) decides how many of them really ask."""
-METADATA_THREADS = 48
-"""Listings and HEADs in flight; the store's own limiter decides how many of them really ask."""
-
-
-@dataclass(frozen=True, slots=True)
-class AgentPaths:
-    """Where one agent keeps things."""
-
-    cache_dir: Path
-    disk: Path
-    volumes: Path
-    shm: Path
-
-    @classmethod
-    def create(cls, config: CacheConfig) -> AgentPaths:
-        """Return the places. A cache directory that can't be written moves the metadata to the tmpfs."""
-        cache_dir = Path(config.cache_dir)
-        shm = Path(shm_directory(config.shm_dir, config.cache_dir, os.getuid()))
-        volumes = cache_dir / "volumes"
-        try:
-            volumes.mkdir(mode=0o700, parents=True, exist_ok=True)
-            probe = volumes / ".probe"
-            try:
-                probe.write_bytes(bytes(PROBE_BYTES))
-            finally:
-                probe.unlink(missing_ok=True)
-        except OSError as error:
-            volumes = shm / "volumes"
-            log.warning("cache directory %s cannot be written (%s): metadata goes to %s", cache_dir, error, volumes)
-            volumes.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return cls(cache_dir, cache_dir / "disk", volumes, shm)
 
 
 class Agent:
     """One agent, from start to end."""
 
-    def __init__(self, config: CacheConfig, *, idle_timeout_s: float) -> None:
+    def __init__(self, config: CacheConfig, *, idle_timeout_s: float, log_file: str) -> None:
         self._config = config
+        self._log_file = log_file
+        self._own_log = log_file.startswith(f"{config.runtime_dir}/")
+        self._reasons: dict[str, str] = {}
+        """Why a tier could not be opened."""
         self._idle_timeout_s = idle_timeout_s
-        self._runtime = RuntimeDir(config.runtime_dir)
+        self._presence = Presence(config.runtime_dir, config.cache_dir)
         self._counters = Counters()
         self._started = time.monotonic()
         self._stopped = trio.Event()
-        self._threads = trio.CapacityLimiter(METADATA_THREADS)
+        self._signalled = False
+        self._may_move = False
         self._housework_threads = trio.CapacityLimiter(8)
 
     async def run(self, on_ready: Callable[[], None]) -> None:
         """Serve until idle for too long, told to stop, or SIGTERM/SIGINT."""
-        lock = self._take_lock()
+        # Whoever started us has blocked it: ending before the tiers are adopted would leave them in memory.
+        signal.signal(signal.SIGTERM, self._note_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        try:
+            self._presence.claim()
+            self._presence.bind()
+            await self._live(on_ready)
+        finally:
+            self._presence.hide()
+            self._presence.release()
+
+    def _note_signal(self, *_: object) -> None:
+        """SIGTERM while starting: start, and end in order."""
+        self._signalled = True
+
+    async def _live(self, on_ready: Callable[[], None]) -> None:
         paths = AgentPaths.create(self._config)
         guard = CrashGuard(paths.cache_dir)
-        guard.begin([paths.disk, paths.volumes], in_memory=[paths.shm])
+        guard.begin([paths.disk, paths.volumes.in_use], in_memory=[paths.shm] if is_own(paths.shm) else [])
+        self._settle_block_size(paths.disk)
+        inheritance.write_settings(self._config)
+        self._may_move = paths.volumes.at_home
         shm = self._open_tier(Tier.SHM, paths.shm, self._config.shm_size_bytes)
         disk = self._open_tier(Tier.DISK, paths.disk, self._config.cache_size_bytes)
         tiers = [tier for tier in (shm, disk) if tier is not None]
@@ -111,29 +110,30 @@ class Agent:
                     disk,
                     block_size=self._config.block_size_bytes,
                     memory_limit_bytes=self._config.memory_limit_bytes,
-                    max_requests=ORIGIN_THREADS,
                     counters=self._counters,
                 ) as cache,
                 trio.open_nursery() as nursery,
             ):
                 serving = volumes = Volumes(
-                    str(paths.volumes), self._config, self._run_blocking, self._housework, nursery
-                )
+                    paths.volumes, self._config, self._run_blocking, self._housework, nursery,
+                    None if disk is None else disk.give_back,
+                )  # fmt: skip
+                volumes.handicaps = self._handicaps(paths)
                 server = Server(
                     cache, volumes, self._config.block_size_bytes, None if shm is None else str(paths.shm),
                     lambda: self._status(cache, serving), self._stopped.set,
                 )  # fmt: skip
-                listener = await self._listen()
-                nursery.start_soon(trio.serve_listeners, server.serve, [listener])
+                nursery.start_soon(self._presence.serve, server.serve, nursery)
                 nursery.start_soon(self._keep_house, cache, disk, volumes)
                 nursery.start_soon(self._watch_idle, server, volumes)
                 nursery.start_soon(self._watch_signals)
+                nursery.start_soon(self._forget_unused, volumes)
                 log.info("cachefs agent %s serves %s", __version__, paths.cache_dir)
                 on_ready()
                 await self._stopped.wait()
                 # Hang up first: workers ask the next agent again, and none gets an error from a store that is closing.
-                _remove(self._runtime.agent(self._config.cache_dir, "sock"))
-                attached = volumes.mount_count
+                self._presence.hide()
+                attached = await self._count_staying(volumes)
                 cache.flush_at_exit = not attached  # readers wait for the next agent, which adopts the shm tier
                 nursery.cancel_scope.cancel()
         finally:
@@ -142,25 +142,90 @@ class Agent:
             for tier in tiers:
                 tier.close()
             guard.end()
-        if not attached:  # else the next agent of these mounts goes on with the warm tier
-            shutil.rmtree(paths.shm, ignore_errors=True)
+        if not attached or not inheritance.staying_mounts(self._config):
+            # Else the next agent of these mounts goes on with the warm tier.
+            inheritance.forget_settings(self._config)
+            if is_own(paths.shm):
+                shutil.rmtree(paths.shm, ignore_errors=True)
         log.info("cachefs agent ends")
-        os.close(lock)
 
-    async def _run_blocking(self, function: Callable[..., T], *args: Any) -> T:
-        """The one adapter through which the agent's trio thread uses blocking libraries."""
-        return await trio.to_thread.run_sync(function, *args, limiter=self._threads)
+    async def _run_blocking(self, threads: trio.CapacityLimiter, function: Callable[..., T], *args: Any) -> T:
+        """The one adapter through which the agent's trio thread uses blocking libraries. `threads`: those of a volume.
 
-    async def _housework(self, function: Callable[..., T], *args: Any) -> T:
-        """The same for what must never wait behind look-ups that wait for a store: attaching, sweeping, settling."""
-        return await trio.to_thread.run_sync(function, *args, limiter=self._housework_threads)
+        When the agent ends, a request to a store that hangs is left behind. Writing metadata is waited for: LMDB must
+        not be closed under a thread that is in it.
+        """
+        try:
+            return await trio.to_thread.run_sync(
+                function, *args, limiter=threads, abandon_on_cancel=not _writes_metadata(function)
+            )
+        except MetadataFull as error:
+            await self._go_elsewhere(error)
+            raise
+
+    async def _housework(self, function: Callable[..., T], *args: Any, abandon: bool = False) -> T:
+        """The same for what must never wait behind look-ups that wait for a store: attaching, sweeping, settling.
+
+        `abandon`: it asks a store, has a thread of its own (a store that hangs must not keep another mount from being
+        made), and is left behind when the agent ends.
+        """
+        threads = trio.CapacityLimiter(1) if abandon else self._housework_threads
+        try:
+            return await trio.to_thread.run_sync(function, *args, limiter=threads, abandon_on_cancel=abandon)
+        except MetadataFull as error:
+            await self._go_elsewhere(error)
+            raise
+
+    async def _go_elsewhere(self, error: MetadataFull) -> None:
+        """End, so that another agent keeps metadata where there is room. Who has asked asks that one: never returns.
+
+        Returns when metadata is in the tmpfs already.
+        """
+        if not self._may_move:
+            return
+        log.warning("%s: another agent has to go on with it in the tmpfs", error)
+        await trio.sleep(max(0.0, self._started + LEAST_LIFE_S - time.monotonic()))
+        self._stopped.set()
+        await trio.sleep_forever()
+
+    async def _count_staying(self, volumes: Volumes) -> int:
+        """Return how many mounts will need another agent.
+
+        When everything on the node is told to end at once (shutdown, the end of a container), mounts are still attached
+        at this moment, and will not be in the next.
+        """
+        if not self._signalled:
+            return volumes.mount_count
+        deadline = trio.current_time() + PARTING_S
+        while True:  # mounts that have no agent yet count as well: the signal may come while we start for them
+            staying: int = await self._housework(inheritance.staying_mounts, self._config)
+            if not staying or trio.current_time() > deadline:
+                return staying
+            await trio.sleep(PARTING_S / 10)
+
+    async def _forget_unused(self, volumes: Volumes) -> None:
+        """Remove metadata that nobody uses, once the mounts that are there have come back to it."""
+        try:
+            if await self._housework(inheritance.living_mounts, self._config):
+                await trio.sleep(SETTLE_S)
+            await volumes.forget_unused()
+        except Exception:
+            log.exception("removing metadata that nobody uses failed")
+
+    def _settle_block_size(self, disk: Path) -> None:
+        """Keep the size of the blocks that the disk tier has, if it has any."""
+        wanted, limit = self._config.block_size_bytes, self._config.cache_size_bytes
+        found = settled_block_size(str(disk), wanted, limit) if limit else wanted
+        if found != wanted:
+            log.warning("blocks of %d bytes are in %s and are kept: not the %d of --block-size", found, disk, wanted)
+            self._config = dataclasses.replace(self._config, block_size_bytes=found)
 
     def _open_tier(self, tier: Tier, path: Path, limit_bytes: int) -> TierWriter | None:
         if limit_bytes <= 0:
             return None
         try:
             if tier is Tier.SHM:
-                _own(path)
+                own_directory(path)
             return TierWriter(
                 str(path),
                 tier,
@@ -168,30 +233,10 @@ class Agent:
                 block_size=self._config.block_size_bytes,
                 counters=self._counters,
             )
-        except errors.TierUnavailable as error:
+        except (errors.TierUnavailable, OSError) as error:
             log.warning("the %s tier is off: %s", tier.value, error)
+            self._reasons[tier.value] = str(error)
             return None
-
-    def _take_lock(self) -> int:
-        descriptor = os.open(
-            self._runtime.agent(self._config.cache_dir, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
-        )
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise AlreadyRunning(f"an agent serves {self._config.cache_dir} already") from error
-        return descriptor
-
-    async def _listen(self) -> trio.SocketListener:
-        path = self._runtime.agent(self._config.cache_dir, "sock")
-        temporary = f"{path}.new"
-        _remove(path, temporary)
-        raw = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
-        await raw.bind(temporary)
-        os.chmod(temporary, 0o600)
-        raw.listen(128)
-        os.rename(temporary, path)  # nobody ever meets a socket that is not listening
-        return trio.SocketListener(raw)
 
     async def _keep_house(self, cache: BlockCache, disk: TierWriter | None, volumes: Volumes) -> None:
         """Free what killed workers left pinned, keep within the memory limit, use quiet times to get safe on disk.
@@ -202,6 +247,8 @@ class Agent:
         while True:
             await trio.sleep(SWEEP_S)
             try:
+                if self._own_log:
+                    shorten_stderr()
                 await self._housework(volumes.sweep)
                 if anonymous_bytes() > (self._config.memory_limit_bytes * 0.8 if not cache.quiet else QUIET_BYTES):
                     await self._housework(give_back)
@@ -226,9 +273,20 @@ class Agent:
 
     async def _watch_signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            if self._signalled:
+                self._stopped.set()
             async for number in signals:
                 log.info("%s", signal.Signals(number).name)
+                self._signalled = True
                 self._stopped.set()
+
+    def _handicaps(self, paths: AgentPaths) -> list[str]:
+        """Return what somebody who mounts should know of this agent."""
+        said = [f"the {name} tier is off, and reads do without it: {why}" for name, why in self._reasons.items()]
+        if not paths.volumes.at_home:
+            where = f"{paths.volumes.home} cannot be written"
+            said.append(f"{where}: what is known of names is kept in memory, {paths.volumes.in_use}")
+        return said
 
     def _tiers(self, cache: BlockCache) -> dict[str, Any]:
         """Return the tiers as `cachefs status` shows them; one that could not be opened keeps its limit."""
@@ -236,6 +294,9 @@ class Agent:
         for name, limit_bytes in (("shm", self._config.shm_size_bytes), ("disk", self._config.cache_size_bytes)):
             if stats[name]["state"] == "off":
                 stats[name]["limit_bytes"] = limit_bytes
+                stats[name]["reason"] = self._reasons.get(name)
+            elif stats[name]["state"] == "full":
+                stats[name]["reason"] = "its file system has no more room for it: what is left is for others"
         return stats
 
     def _status(self, cache: BlockCache, volumes: Volumes) -> dict[str, Any]:
@@ -250,17 +311,21 @@ class Agent:
             used, objects = volume.writer.reader.counts()
             described[volume.volume_id] = {
                 "source": volume.source, "objects": objects, "bytes": used,
-                "hidden_keys": volume.writer.reader.hidden(),
+                "hidden_keys": volume.writer.reader.hidden(), "origin": volume.store.now.counters.condition.describe(),
             }  # fmt: skip
             for mount in list(volume.mounts.values()):
                 mounts[mount.mount_id] = {
                     "mountpoint": mount.mountpoint, "volume_id": volume.volume_id, "counters": mount.counters,
+                    "version": mount.version, "protocol": mount.protocol,
                 }  # fmt: skip
         return {
             "agent_pid": os.getpid(),
             "version": __version__,
+            "protocol": PROTOCOL_VERSION,
             "cache_dir": self._config.cache_dir,
+            "log_file": self._log_file or None,
             "uptime_s": time.monotonic() - self._started,
+            "block_size_bytes": self._config.block_size_bytes,
             "rss_anon_bytes": anonymous_bytes(),
             "memory_limit_bytes": self._config.memory_limit_bytes,
             "tiers": self._tiers(cache),
@@ -270,37 +335,25 @@ class Agent:
         }
 
 
-def _own(directory: Path) -> None:
-    """Make the shm tier's directory, or see that it is ours alone: /dev/shm is open to all, the name can be guessed.
+def _writes_metadata(function: Callable[..., object]) -> bool:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return isinstance(getattr(function, "__self__", None), MetadataWriter)
 
-    Raises TierUnavailable.
+
+def run(
+    cache: CacheConfig,
+    *,
+    idle_timeout_s: float = math.inf,
+    on_ready: Callable[[], None] = lambda: None,
+    log_file: str = "",
+) -> None:
+    """Run an agent until it ends. `log_file`: where its log is, "" for a terminal. Raises CachefsError when it cannot
+    start.
     """
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = directory.lstat()
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-            raise errors.TierUnavailable(f"{directory} belongs to somebody else")
-        if status.st_mode & 0o077:
-            directory.chmod(0o700)
-    except OSError as error:
-        raise errors.TierUnavailable(f"{directory} cannot be used: {error.strerror or error}") from error
-
-
-def _remove(*paths: str) -> None:
-    """Remove sockets that an agent left behind; the lock says that it is gone."""
-    for path in paths:
-        Path(path).unlink(missing_ok=True)
-
-
-class AlreadyRunning(errors.AgentUnavailable):
-    """Another agent holds the lock of this cache directory."""
-
-
-def run(cache: CacheConfig, *, idle_timeout_s: float = math.inf, on_ready: Callable[[], None] = lambda: None) -> None:
-    """Run an agent until it ends. Raises CachefsError when it cannot start."""
     sys.setswitchinterval(0.001)
     tune_allocator()
-    agent = Agent(cache, idle_timeout_s=idle_timeout_s)
+    agent = Agent(cache, idle_timeout_s=idle_timeout_s, log_file=log_file)
     trio.run(agent.run, on_ready)
 
 
@@ -308,16 +361,20 @@ def main(argv: list[str]) -> int:
     """Run the agent that a mount starts. Says on the ready descriptor whether it serves."""
     ready_fd = int(argv[argv.index("--ready-fd") + 1])
     plan = json.load(sys.stdin)
-    cache: CacheConfig = from_plain(CacheConfig, plan["cache"])
     logs: LogConfig = from_plain(LogConfig, plan["log"])
     configure(logs, "agent", sys.stderr)
+    cache = inheritance.inherited(from_plain(CacheConfig, plan["cache"]))
 
     def report(**outcome: Any) -> None:
-        with open(ready_fd, "w", encoding="utf-8") as stream:
-            stream.write(json.dumps(outcome) + "\n")
+        try:
+            with open(ready_fd, "w", encoding="utf-8") as stream:
+                stream.write(json.dumps(outcome) + "\n")
+        except BrokenPipeError:
+            log.info("whoever started this agent is gone")  # others may find it; else it ends when it was idle
 
     try:
-        run(cache, idle_timeout_s=cache.agent_idle_timeout_s, on_ready=lambda: report(ok=True))
+        ready = functools.partial(report, ok=True)
+        run(cache, idle_timeout_s=cache.agent_idle_timeout_s, on_ready=ready, log_file=plan.get("log_file", ""))
     except AlreadyRunning as error:
         report(ok=False, running=True, text=str(error))
         return 1

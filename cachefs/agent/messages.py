@@ -5,9 +5,14 @@ socket: the agent commits a block to the shm tier and answers "there", the worke
 The one exception is `FilledBlock.payload`, when no tier could take the block.
 
 Requests carry `id`; each gets exactly one `Reply` or `Failure` with the same id, in any order. Every request may be
-sent again after a reconnection (all are idempotent). `PROTOCOL_VERSION` changes when a message changes its meaning;
-an agent refuses other versions with a `Failure` of kind "version", which the worker takes as "start the agent of my own
-version".
+sent again after a reconnection (all are idempotent).
+
+Versions (docs/decisions/0005): a new field with a default changes nothing. Anything else that a worker of the last
+version would not understand (a field or message that is new, gone or means something else, and the formats of the two
+environments that workers read by themselves) makes a new `PROTOCOL_VERSION`, and the agent goes on serving the last one
+(`OLDEST_PROTOCOL`). Others are refused with a `Failure` of kind OTHER_VERSION; `cachefs.agent.succession` says what
+then happens. Attach, Status, Stop, Failure and the frames themselves stay as they are for ever: versions find out about
+each other with them.
 """
 
 from __future__ import annotations
@@ -17,6 +22,9 @@ from typing import Any
 import msgspec
 
 PROTOCOL_VERSION = 1
+OLDEST_PROTOCOL = 1
+"""The oldest version that this agent serves."""
+OTHER_VERSION = "version"
 MAX_MESSAGE_BYTES = 80 << 20
 """Over this length a peer is out of step, and the connection is closed."""
 
@@ -41,6 +49,10 @@ class Attach(Message, frozen=True):
     """The AWS_* variables of the mount. Never stored, never logged."""
     check: bool
     """Make a request to the store first, and fail with a message for a person when it does not answer well."""
+    mounted_at_s: float = 0.0
+    """When the mount was made, by the clock since boot: of all mounts of a volume the newest one's settings hold."""
+    given: list[str] = []
+    """Settings (fields of the configuration) that somebody asked for, and whose notices he wants therefore."""
 
 
 class Attached(Message, frozen=True):
@@ -57,6 +69,8 @@ class Attached(Message, frozen=True):
     endpoint: str
     bucket: str
     block_size: int
+    lineage: str = ""
+    """What the metadata has in common with its copies: inode numbers of another lineage mean nothing in it."""
     notices: list[str] = []
     """For the person who mounts: settings that this agent does not follow because another mount started it."""
 
@@ -126,18 +140,6 @@ class CachedBlocks(Message, frozen=True):
     blocks: dict[str, int]
 
 
-class Usage(Message, frozen=True):
-    """Reply: `UsageReply`."""
-
-    id: int
-
-
-class UsageReply(Message, frozen=True):
-    id: int
-    used_bytes: int
-    objects: int
-
-
 class Counters(Message, frozen=True):
     """A worker's own counts since it started (hits never reach the agent otherwise). No reply; sent when they
     changed.
@@ -163,6 +165,12 @@ class StatusReply(Message, frozen=True):
     status: dict[str, Any]
 
 
+class Ping(Message, frozen=True):
+    """Ask for a sign of life, on a connection of its own. Reply: `Done`; to close the connection is an answer too."""
+
+    id: int
+
+
 class Stop(Message, frozen=True):
     """Ask the agent to end when nothing is mounted (`force`: at once). Reply: `Done`."""
 
@@ -175,12 +183,12 @@ class Done(Message, frozen=True):
 
 
 class Failure(Message, frozen=True):
-    """The request failed. `kind` is the name of a class in `cachefs.errors` (or "version")."""
+    """The request failed. `kind` is the name of a class in `cachefs.errors` (or OTHER_VERSION)."""
 
     id: int
     kind: str
     text: str
 
 
-Request = Attach | Resolve | ListDirectory | Fill | Readahead | Cached | Usage | Counters | Touched | Status | Stop
-Answer = Attached | Resolved | Listed | Filled | CachedBlocks | UsageReply | StatusReply | Done | Failure
+Request = Attach | Resolve | ListDirectory | Fill | Readahead | Cached | Counters | Touched | Status | Ping | Stop
+Answer = Attached | Resolved | Listed | Filled | CachedBlocks | StatusReply | Done | Failure

@@ -1,11 +1,17 @@
-"""The agent's side of the socket: one task per connection, one task per question that has to wait."""
+"""The agent's side of the socket: one task per connection, one task per question that has to wait.
+
+Fills, the questions of readers, have no task: they are answered by the thread that has committed the block. Only those
+whose answer carries the bytes have one: it holds room for them until they were sent.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import trio
@@ -15,6 +21,7 @@ from cachefs.agent import framing, messages
 from cachefs.agent.sender import Sender
 from cachefs.agent.volumes import AttachedMount, Volume, Volumes
 from cachefs.block.block_cache import BlockCache, Priority
+from cachefs.block.flights import Answer, Filled
 from cachefs.types import BlockKey, Ino
 
 log = logging.getLogger(__name__)
@@ -41,9 +48,15 @@ class Server:
         self.shm_path = shm_path
         self.status = status
         self.stop = stop
+        self._token = trio.lowlevel.current_trio_token()
         self.touched_at = time.monotonic()
         self.connections = 0
         """Open ones: a mount that is still being checked is not attached, and yet needs this agent."""
+
+    def soon(self, call: Callable[..., object], *arguments: object) -> None:
+        """Call in the trio thread, from any thread; not at all when the agent has ended."""
+        with contextlib.suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(call, *arguments)
 
     async def serve(self, stream: trio.SocketStream) -> None:
         """Serve one connection until it ends. Never raises."""
@@ -80,9 +93,13 @@ class _Connection:
         async with self._stream, trio.open_nursery() as nursery:
             self._nursery = nursery
             nursery.start_soon(self._sender.run)
-            while received := await self._stream.receive_some(RECEIVE_BYTES):
-                for request in frames.feed(received):
-                    self._take(request)
+            try:
+                while received := await self._stream.receive_some(RECEIVE_BYTES):
+                    for request in frames.feed(received):
+                        self._take(request)
+            finally:
+                self._sender.stop()
+                self._nursery = None
             nursery.cancel_scope.cancel()
 
     def _reply(self, answer: messages.Answer) -> None:
@@ -92,9 +109,9 @@ class _Connection:
         """Handle one message; what has to wait gets its own task."""
         match request:
             case messages.Fill():
-                self._answer(request.id, self._fill(request))
+                self._start_fill(request)
             case messages.Readahead():
-                self._background(self._readahead(request))
+                self._start_readahead(request)
             case messages.Touched():
                 self._server.cache.touch([BlockKey(key) for key in request.keys])
             case messages.Counters():
@@ -106,41 +123,26 @@ class _Connection:
                 self._answer(request.id, self._list(request))
             case messages.Cached():
                 self._answer(request.id, self._cached(request))
-            case messages.Usage():
-                self._answer(request.id, self._usage(request))
             case messages.Attach():
                 self._answer(request.id, self._attach(request))
             case messages.Status():
                 self._answer(request.id, self._status(request))
+            case messages.Ping():
+                self._reply(messages.Done(id=request.id))
             case messages.Stop():
                 self._answer(request.id, self._stop(request))
 
-    def _answer(self, identity: int, work: Awaitable[messages.Answer]) -> None:
-        assert self._nursery is not None
-        self._nursery.start_soon(self._run, identity, work)
+    def _answer(self, identity: int, work: Coroutine[Any, Any, messages.Answer]) -> None:
+        if self._nursery is None:
+            work.close()  # nobody is there any more
+        else:
+            self._nursery.start_soon(self._run, identity, work)
 
     async def _run(self, identity: int, work: Awaitable[messages.Answer]) -> None:
         try:
             self._reply(await work)
-        except errors.CachefsError as error:
-            self._reply(messages.Failure(id=identity, kind=type(error).__name__, text=str(error)))
-        except Exception as error:
-            log.exception("a request failed")
-            self._reply(
-                messages.Failure(id=identity, kind="StorageUnavailable", text=f"{type(error).__name__}: {error}")
-            )
-
-    def _background(self, work: Awaitable[None]) -> None:
-        assert self._nursery is not None
-        self._nursery.start_soon(self._run_background, work)
-
-    async def _run_background(self, work: Awaitable[None]) -> None:
-        try:
-            await work
-        except errors.CachefsError as error:
-            log.debug("readahead: %s", error)
-        except Exception:
-            log.exception("readahead failed")
+        except Exception as error:  # noqa: BLE001 - the boundary: one question, one answer
+            self._reply(_failure(identity, error))
 
     # -- the questions
     # --------------------------------------------------------------------------------------------------
@@ -151,15 +153,18 @@ class _Connection:
         return self.volume
 
     async def _attach(self, request: messages.Attach) -> messages.Answer:
-        if request.protocol != messages.PROTOCOL_VERSION:
-            return messages.Failure(
-                id=request.id, kind="version", text=f"agent {__version__} speaks protocol {messages.PROTOCOL_VERSION}"
-            )
-        volume = await self._server.volumes.attach(request.volume, request.environment, check=request.check)
-        notices = self._server.volumes.notices(request.volume)
+        if not messages.OLDEST_PROTOCOL <= request.protocol <= messages.PROTOCOL_VERSION:
+            text = f"the agent that runs is version {__version__} with protocol {messages.PROTOCOL_VERSION}"
+            return messages.Failure(id=request.id, kind=messages.OTHER_VERSION, text=text)
+        volume = await self._server.volumes.attach(
+            request.volume, request.environment, check=request.check, mounted_at_s=request.mounted_at_s
+        )
+        notices = self._server.volumes.notices(request.volume, request.given)
         if not request.check:
             self.volume, self.mountpoint = volume, request.mountpoint
-            self._mount = AttachedMount(request.mount_id, request.mountpoint, request.pid)
+            self._mount = AttachedMount(
+                request.mount_id, request.mountpoint, request.pid, request.version, request.protocol
+            )
             volume.mounts[id(self)] = self._mount
             log.info("mount %s attached (worker %d, cachefs %s)", request.mountpoint, request.pid, request.version)
         return messages.Attached(
@@ -172,6 +177,7 @@ class _Connection:
             endpoint=volume.store.endpoint,
             bucket=volume.store.bucket,
             block_size=self._server.block_size,
+            lineage=volume.writer.reader.lineage,
             notices=notices,
         )
 
@@ -185,32 +191,65 @@ class _Connection:
             id=request.id, complete=progress.complete, frontier=progress.frontier, valid_s=progress.valid_s
         )
 
-    async def _fill(self, request: messages.Fill) -> messages.Answer:
-        volume = self._attached()
-        file = volume.file(Ino(request.ino), self._server.block_size)
-        count = min(request.count, file.blocks - request.first, MAX_FILL_BLOCKS)
-        blocks = await self._server.cache.fill(
-            file.oid, file.version, volume.store, request.first, count, inline=request.inline, priority=Priority.DEMAND
-        )
-        return messages.Filled(id=request.id, blocks=[(b.index, b.source.value, b.payload) for b in blocks])
+    def _start_fill(self, request: messages.Fill) -> None:
+        """Have blocks filled. A reader waits: without a task, and answered by the thread that has the last block."""
+        if (request.inline or self._server.cache.carries) and self._nursery is not None:
+            self._nursery.start_soon(self._fill_inline, request)
+            return
+        try:
+            self._start(request, functools.partial(self._filled, request), Priority.DEMAND)
+        except Exception as error:  # noqa: BLE001 - as in `_run`
+            self._reply(_failure(request.id, error))
 
-    async def _readahead(self, request: messages.Readahead) -> None:
+    def _filled(self, request: messages.Fill, outcome: list[Filled] | Exception) -> None:
+        """Answer a fill, in any thread."""
+        if isinstance(outcome, Exception):
+            self._server.soon(self._answer, request.id, self._failed(request, outcome))
+        else:
+            self._reply(_filled(request.id, outcome))
+
+    async def _failed(self, request: messages.Fill, error: Exception) -> messages.Answer:
+        if isinstance(error, errors.StaleObject):
+            await self._attached().ask_again(Ino(request.ino))
+        raise error
+
+    async def _fill_inline(self, request: messages.Fill) -> None:
+        """Answer with the bytes of the blocks: there is room for them before they come, until they were sent."""
+        cache = self._server.cache
+        try:
+            volume = self._attached()
+            file = volume.file(Ino(request.ino), self._server.block_size)
+            count = max(0, min(request.count, file.blocks - request.first, MAX_FILL_BLOCKS))
+            async with cache.carriage.room(self, cache.carried_bytes(file.version, request.first, count)):
+                blocks = await cache.fill(file.oid, file.version, volume.store, request.first, count, inline=True)
+                payload_bytes = sum(len(block.payload or b"") for block in blocks)
+                frame = framing.encode_large(_filled(request.id, blocks), payload_bytes)
+                del blocks
+                await self._sender.deliver(frame)
+        except Exception as error:  # noqa: BLE001 - as in `_run`
+            if isinstance(error, errors.StaleObject):
+                await self._attached().ask_again(Ino(request.ino))
+            self._reply(_failure(request.id, error))
+
+    def _start_readahead(self, request: messages.Readahead) -> None:
+        try:
+            self._start(request, lambda outcome: None, Priority.READAHEAD)
+        except errors.CachefsError as error:
+            log.debug("readahead: %s", error)
+        except Exception:
+            log.exception("readahead failed")
+
+    def _start(self, request: messages.Fill | messages.Readahead, answer: Answer, priority: Priority) -> None:
         volume = self._attached()
         file = volume.file(Ino(request.ino), self._server.block_size)
-        count = min(request.count, file.blocks - request.first, MAX_FILL_BLOCKS)
-        if count > 0:
-            await self._server.cache.fill(
-                file.oid, file.version, volume.store, request.first, count, priority=Priority.READAHEAD
-            )
+        count = max(0, min(request.count, file.blocks - request.first, MAX_FILL_BLOCKS))
+        start = self._server.cache.start
+        start(file.oid, file.version, volume.store, request.first, count, answer, priority=priority)
 
     async def _cached(self, request: messages.Cached) -> messages.Answer:
         file = self._attached().file(Ino(request.ino), self._server.block_size)
         held = self._server.cache.count_cached(file.oid, file.blocks)
         return messages.CachedBlocks(id=request.id, blocks={tier.value: count for tier, count in held.items()})
-
-    async def _usage(self, request: messages.Usage) -> messages.Answer:
-        used, objects = self._attached().writer.reader.counts()
-        return messages.UsageReply(id=request.id, used_bytes=used, objects=objects)
 
     async def _status(self, request: messages.Status) -> messages.Answer:
         status = await trio.to_thread.run_sync(self._server.status)
@@ -221,3 +260,14 @@ class _Connection:
             raise errors.MountError("mounts are attached")
         self._server.stop()
         return messages.Done(id=request.id)
+
+
+def _filled(identity: int, blocks: list[Filled]) -> messages.Filled:
+    return messages.Filled(id=identity, blocks=[(block.index, block.source.value, block.payload) for block in blocks])
+
+
+def _failure(identity: int, error: Exception) -> messages.Failure:
+    if isinstance(error, errors.CachefsError):
+        return messages.Failure(id=identity, kind=type(error).__name__, text=str(error))
+    log.error("a request failed", exc_info=error)
+    return messages.Failure(id=identity, kind="StorageUnavailable", text=f"{type(error).__name__}: {error}")

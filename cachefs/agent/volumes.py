@@ -1,16 +1,20 @@
 """Volumes: a bucket (or a prefix of it) as the agent serves it to one or more mounts.
 
 Mounts with the same endpoint, bucket, prefix and freshness rules share one volume: one metadata environment, one
-listing, one set of inode numbers. The credentials are those of the mount that came last and passed its check, so
-mounting again with new keys renews those of a running volume.
+listing, one set of inode numbers. The credentials are those of the newest mount, which has passed its check: mounting
+again with new keys renews those of a running volume, and after a restart of the agent it does not matter whose worker
+comes back first.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import math
+import shutil
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,9 +28,12 @@ from cachefs.store.open import open_store, parse_source
 from cachefs.store.port import ListPage, ObjectInfo, ObjectStore
 from cachefs.store.retry import RetryingStore
 from cachefs.types import FileKind, Ino, ObjectId, ObjectVersion, block_count, object_id
+from metadata import custody, disuse
 from metadata.freshness import Freshness
 from metadata.listing import Lister
+from metadata.moving import Places
 from metadata.resolver import Resolver
+from metadata.room import AHEAD, MakeRoom, MetadataFull
 from metadata.store import MetadataWriter
 from metadata.volume import VolumeIdentity
 
@@ -34,7 +41,11 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 RunBlocking = Callable[..., Awaitable[Any]]
+RunInThreads = Callable[..., Awaitable[Any]]
+"""As RunBlocking, with the CapacityLimiter of the volume first: one whose store hangs takes no thread from another."""
 MAX_VERSIONS = 8192
+METADATA_THREADS = 48
+"""Listings, HEADs and commits of one volume at a time; the store's own limiter decides how many of them really ask."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +73,11 @@ class CurrentStore:
         """See `ObjectStore.bucket`."""
         return self.now.bucket
 
+    @property
+    def max_requests(self) -> int:
+        """See `BlockSource.max_requests`."""
+        return self.now.max_requests
+
     def check(self, prefix: str) -> None:
         """See `ObjectStore.check`."""
         self.now.check(prefix)
@@ -70,9 +86,9 @@ class CurrentStore:
         """See `ObjectStore.get_range`."""
         return self.now.get_range(version, start, length)
 
-    def read_range(self, version: ObjectVersion, start: int, length: int) -> bytes | memoryview:
-        """See `BlockSource.read_range`."""
-        return self.now.get_range(version, start, length)
+    def read_into(self, version: ObjectVersion, start: int, buffers: Sequence[memoryview]) -> Iterator[int]:
+        """See `ObjectStore.read_into`."""
+        return self.now.read_into(version, start, buffers)
 
     def head(self, key: str) -> ObjectInfo:
         """See `ObjectStore.head`."""
@@ -94,6 +110,8 @@ class AttachedMount:
     mount_id: str
     mountpoint: str
     pid: int
+    version: str
+    protocol: int
     counters: dict[str, float] = field(default_factory=dict)
 
 
@@ -119,6 +137,8 @@ class Volume:
         self.lister = Lister(writer, store, prefix, freshness, run_blocking, nursery)
         self.resolver = Resolver(writer, store, prefix, freshness, run_blocking, self.lister)
         self.mounts: dict[int, AttachedMount] = {}
+        self.mounted_at_s = 0.0
+        """When the mount was made whose store settings are in use."""
         self._versions: dict[int, FileVersion] = {}
 
     def file(self, ino: Ino, block_size: int) -> FileVersion:
@@ -140,72 +160,127 @@ class Volume:
         self._versions[ino] = known
         return known
 
+    async def ask_again(self, ino: Ino) -> None:
+        """Find out what the name of a file is now whose version the store no longer has. Never raises."""
+        try:
+            await self.resolver.recheck(ino)
+        except errors.CachefsError as error:
+            log.info("what inode %d of %s is now cannot be found out: %s", ino, self.source, error)
+
 
 class Volumes:
     """All volumes of this agent, opened when first attached."""
 
     def __init__(
         self,
-        directory: str,
+        places: Places,
         cache: CacheConfig,
-        run_blocking: RunBlocking,
+        run_blocking: RunInThreads,
         housework: RunBlocking,
         nursery: trio.Nursery,
+        make_room: MakeRoom | None = None,
     ) -> None:
-        self._directory = directory
+        """`make_room` can give room back on the file system where metadata is at home."""
+        self._places = places
+        self._make_room = make_room if places.at_home else None
         self._cache = cache
         self._run_blocking = run_blocking
         self._housework = housework
         self._nursery = nursery
         self._opening = trio.Lock()
+        self._marked_at = time.monotonic()
+        self._complaints: dict[str, str] = {}
+        """What could not be settled, by volume."""
+        self.handicaps: list[str] = []
+        """What this agent cannot do: to be said to whoever mounts."""
         self.by_id: dict[str, Volume] = {}
 
-    async def attach(self, plain: Mapping[str, Any], environment: Mapping[str, str], *, check: bool) -> Volume:
+    async def attach(
+        self, plain: Mapping[str, Any], environment: Mapping[str, str], *, check: bool, mounted_at_s: float = 0.0
+    ) -> Volume:
         """Return the volume that a mount describes, checked against the store if asked.
+
+        Its settings win over those of mounts that were not made after `mounted_at_s`.
 
         Raises what `ObjectStore.check` raises, UsageError for a source that makes no sense.
         """
         s3: S3Config = from_plain(S3Config, plain["s3"])
         rules: MetadataConfig = from_plain(MetadataConfig, plain["metadata"])
         source = parse_source(s3.source)
-        store: RetryingStore = await self._housework(open_store, s3, environment)
+        store: RetryingStore = await self._housework(open_store, s3, environment, abandon=True)
         if check:
-            await self._housework(store.check, source.prefix)
+            await self._housework(store.check, source.prefix, abandon=True)
         volume_id = _volume_id(store, source.prefix, rules)
         async with self._opening:
             volume = self.by_id.get(volume_id)
             if volume is None:
                 volume = await self._open(volume_id, s3.source, source.prefix, store, rules)
-            elif check:
-                volume.store.now = store
+                volume.mounted_at_s = mounted_at_s
+            elif mounted_at_s >= volume.mounted_at_s:  # equal: the same mount again, after an upgrade
+                store.counters = volume.store.now.counters  # they belong to the volume, and only grow
+                volume.store.now, volume.mounted_at_s = store, mounted_at_s
             return volume
 
     async def _open(
         self, volume_id: str, source: str, prefix: str, store: RetryingStore, rules: MetadataConfig
     ) -> Volume:
-        path = Path(self._directory, volume_id)
         identity = VolumeIdentity(store.endpoint, store.bucket, prefix)
-        writer: MetadataWriter = await self._housework(MetadataWriter, str(path), identity)
+        path: str = await self._housework(self._places.settle, volume_id, identity)
+        writer: MetadataWriter = await self._housework(self._open_writer, path, identity)
+        disuse.mark_used(writer.path)
+        run_blocking = functools.partial(self._run_blocking, trio.CapacityLimiter(METADATA_THREADS))
         volume = Volume(
-            volume_id, source, prefix, CurrentStore(store), writer, Freshness(rules), self._run_blocking, self._nursery
+            volume_id, source, prefix, CurrentStore(store), writer, Freshness(rules), run_blocking, self._nursery
         )
         self.by_id[volume_id] = volume
         log.info("volume %s opened (%s)", source, volume_id)
         return volume
 
-    def notices(self, plain: Mapping[str, Any]) -> list[str]:
-        """Return what a mount asked for and does not get, because this agent was started with other limits."""
+    def _open_writer(self, path: str, identity: VolumeIdentity) -> MetadataWriter:
+        """Open the metadata of a volume. On a full disk others give room back, or a new volume begins in the tmpfs.
+
+        BLOCKS. Raises StorageUnavailable.
+        """
+        fresh = self._places.at_home and not custody.occupied(path)
+        with contextlib.suppress(MetadataFull):
+            return MetadataWriter(path, identity, make_room=self._make_room)
+        if fresh:
+            shutil.rmtree(path, ignore_errors=True)
+        if self._make_room is not None:
+            self._make_room(AHEAD)
+        try:
+            return MetadataWriter(path, identity, make_room=self._make_room)
+        except MetadataFull:
+            if not fresh:
+                raise
+        return MetadataWriter(self._places.begin_in_refuge(Path(path).name), identity)
+
+    async def forget_unused(self) -> None:
+        """Remove what nobody has used for a long time."""
+        if not self._places.at_home:
+            return
+        found: dict[Path, float] = await self._housework(disuse.unused, self._places.home, time.time())
+        for path, age_s in found.items():
+            async with self._opening:  # who attaches at this moment finds it whole, or not at all
+                gone = None if path.name in self.by_id else disuse.take_out(path)
+            if gone is not None:
+                await self._housework(disuse.remove, gone)
+                log.info("removed metadata that nobody has used for %d days: %s", age_s // 86400, path)
+
+    def notices(self, plain: Mapping[str, Any], given: Collection[str]) -> list[str]:
+        """Return what a mount should know of this agent, and what it asked for (`given`) and does not get."""
         asked: CacheConfig = from_plain(CacheConfig, plain["cache"])
-        return [
-            f"the running agent keeps {option} at {getattr(self._cache, name)} (asked: {getattr(asked, name)})"
-            for name, option in (
-                ("cache_size_bytes", "--cache-size"),
-                ("shm_size_bytes", "--shm-size"),
-                ("block_size_bytes", "--block-size"),
-                ("memory_limit_bytes", "--memory-limit"),
-            )
-            if getattr(asked, name) != getattr(self._cache, name)
-        ]
+        said = list(self.handicaps)
+        for name, words in (
+            ("cache_size_bytes", "the running agent keeps --cache-size at {has} (asked: {asked})"),
+            ("shm_size_bytes", "the running agent keeps --shm-size at {has} (asked: {asked})"),
+            ("block_size_bytes", "blocks stay at {has}, because there are some already (--block-size asked: {asked})"),
+            ("memory_limit_bytes", "the running agent keeps --memory-limit at {has} (asked: {asked})"),
+        ):
+            has, wanted = getattr(self._cache, name), getattr(asked, name)
+            if name in given and has != wanted:
+                said.append(words.format(has=_size(has), asked=_size(wanted)))
+        return said
 
     @property
     def mount_count(self) -> int:
@@ -219,16 +294,35 @@ class Volumes:
 
     def settle(self) -> None:
         """Forget inodes that vanished long ago, and bring what changed to disk. BLOCKS."""
+        mark = time.monotonic() - self._marked_at > disuse.MARK_S
         for volume in list(self.by_id.values()):
-            while volume.writer.purge(time.time_ns()):
-                pass
-            volume.writer.sync_and_mark()
+            try:
+                while volume.writer.purge(time.time_ns()):
+                    pass
+                volume.writer.sync_and_mark()
+                self._complaints.pop(volume.volume_id, None)
+            except errors.StorageUnavailable as error:
+                if self._complaints.get(volume.volume_id) != str(error):  # once, not every minute
+                    log.warning("housekeeping: %s", error)
+                self._complaints[volume.volume_id] = str(error)
+            if mark:
+                disuse.mark_used(volume.writer.path)
+        if mark:
+            self._marked_at = time.monotonic()
 
     def close(self) -> None:
         """Bring every environment to disk, marked as clean, and give up all requests. BLOCKS."""
         for volume in self.by_id.values():
             volume.store.close()
             volume.writer.close()
+
+
+def _size(count: int) -> str:
+    """Return a size as people write it in options."""
+    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count and count % factor == 0:
+            return f"{count // factor}{unit}"
+    return str(count)
 
 
 def _volume_id(store: ObjectStore, prefix: str, rules: MetadataConfig) -> str:

@@ -4,33 +4,38 @@
 
 A *flight* is the one fill of a block that is under way: whoever wants the block waits for it (single flight).
 Flights are grouped into *jobs* (neighbouring blocks in one range read) that run in two lanes of threads, `disk` and
-`origin`; a job belongs to the cache's nursery and never to the asking task, so a cancelled reader cancels nobody.
+`origin`, where each source has a line of its own; a job belongs to the cache's nursery and never to the asking task, so
+a cancelled reader cancels nobody.
 
-A block from the source is committed to the shm tier by the thread that fetched it (one thread change per fill, and
-one transaction per range), then queued for the disk tier (`cachefs.block.spill`). A tier that cannot take a block
-is not an error: the bytes are handed over with the answer.
+A block from the source is committed to the shm tier by the thread that fetches it, while the rest of its range comes
+in (one thread change per fill, one transaction per MiB), then queued for the disk tier (`cachefs.block.spill`). A tier
+that cannot take a block is not an error: the bytes are handed over with the answer. As long as that is so (`carries`)
+whoever asks takes room in `carriage` first, and holds it until the answer was sent.
 
 INVARIANTS
 * `_flights` holds exactly the blocks of unfinished jobs. It is changed in the trio thread only, and never across an
   await.
-* A flight's outcome is written by the thread of its job, and read after its event is set.
+* A flight is ended by the thread of its job when its block is there, by the trio thread when it is not; its outcome is
+  written before.
 * Errors of the source reach all who wait for the block, and are not kept.
 """
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import logging
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from typing import Any, Self
 
 import trio
 
 from cachefs import errors, metrics
-from cachefs.block.block_moves import BlockMover, Flight
+from cachefs.block.block_moves import BlockMover
+from cachefs.block.budget import CARRIED_TIMES, LEAST_BUDGET, REQUEST_BYTES, Budget
+from cachefs.block.carriage import Carriage
+from cachefs.block.flights import Answer, Filled, Flight, Waiting, ranges_of
 from cachefs.block.lane import Job, Lane, Priority
 from cachefs.block.lmdb_tier import TierWriter
 from cachefs.block.ports import BlockSource
@@ -42,30 +47,10 @@ __all__ = ["BlockCache", "Filled", "Priority"]
 
 log = logging.getLogger(__name__)
 
-MIB = 1 << 20
-BASE_BYTES = 128 * MIB
-"""What the agent takes without any block in its hands; the rest of the memory limit is for blocks on their way."""
-LEAST_BUDGET = 32 * MIB
-DEMAND_RANGE = MIB
-"""A demand of several blocks is fetched in parallel ranges of this size (or one block each)."""
-LARGE_DEMAND = 8 * MIB
-LARGE_RANGE = 4 * MIB
-"""Readahead, and demands over LARGE_DEMAND, are fetched in ranges of this size."""
-DEMAND_SLOTS = 8
 DISK_THREADS = 8
 MAX_WAITING_READAHEAD = 256
 REPORTED_S = 1.0
 MAINTENANCE_S = 3.0
-
-
-@dataclass(frozen=True, slots=True)
-class Filled:
-    """One block that is available now."""
-
-    index: int
-    source: Tier
-    payload: bytes | None
-    """The bytes, only when the shm tier does not hold them or `inline` was asked for."""
 
 
 class BlockCache:
@@ -78,28 +63,25 @@ class BlockCache:
         *,
         block_size: int,
         memory_limit_bytes: int,
-        max_requests: int,
         counters: Counters,
     ) -> None:
         self.block_size = block_size
         self._shm = shm
         self._disk = disk
         self._counters = counters
-        self._budget = max(LEAST_BUDGET, memory_limit_bytes - BASE_BYTES)
-        self._max_requests = max_requests
+        self._budget = Budget.create(memory_limit_bytes, block_size, has_shm=shm is not None)
+        self.carriage = Carriage(self._budget.carrying)
         self._flights: dict[BlockKey, Flight] = {}
-        self._waiting_readers = 0
         self._quiet_since = -math.inf
         self._spiller: Spiller | None = None
         if shm is not None and disk is not None:
-            self._spiller = Spiller(
-                shm, disk, counters, lambda: math.inf if self._waiting_readers or self._flights else self._quiet_since
-            )
+            self._spiller = Spiller(shm, disk, counters, lambda: math.inf if self._flights else self._quiet_since)
         self._mover = BlockMover(
             shm, disk, None if self._spiller is None else self._spiller.demote, block_size, counters
         )
         self._stack = AsyncExitStack()
         self._threads = trio.CapacityLimiter(4)
+        self._payload_threads = trio.CapacityLimiter(4)
         self._open = False
         self.flush_at_exit = True
         """Write what is in the shm tier only to the disk tier when this ends; False when a successor adopts the shm
@@ -107,14 +89,12 @@ class BlockCache:
         """
 
     async def __aenter__(self) -> Self:
+        self._token = trio.lowlevel.current_trio_token()
         nursery = await self._stack.enter_async_context(trio.open_nursery())
         self._nursery = nursery
-        readahead = {"readahead_slots": self._max_requests - DEMAND_SLOTS, "readahead_bytes": self._budget * 3 // 4}
-        self._origin_lane = Lane(slots=self._max_requests, budget_bytes=self._budget, **readahead)
-        threads = max(1, min(DISK_THREADS, LEAST_BUDGET // (2 * self.block_size)))
-        self._disk_lane = Lane(
-            slots=threads, budget_bytes=1 << 62, readahead_slots=threads - 2, readahead_bytes=1 << 62
-        )
+        self._origin_lane = Lane(budget_bytes=self._budget.fetching)
+        self._disk_lane = Lane(budget_bytes=1 << 62)
+        self._disk_threads = max(1, min(DISK_THREADS, LEAST_BUDGET // (2 * self.block_size)))
         if self._spiller is not None:
             await self._spiller.adopt()
             nursery.start_soon(self._spiller.run)
@@ -129,9 +109,10 @@ class BlockCache:
         self._nursery.cancel_scope.cancel()
         await self._stack.aclose()
         self._land(list(self._flights.values()), errors.AgentUnavailable("the agent is stopping"))
-        if self.flush_at_exit:
+        if self.flush_at_exit and self._spiller is not None:
             with trio.CancelScope(shield=True):
-                await self.flush_spill()
+                await self._spiller.adopt()  # also what jobs have committed that were not waited for
+                await self._spiller.flush()
 
     # -- asking --------------------------------------------------------------------------------------------------------
 
@@ -150,37 +131,52 @@ class BlockCache:
         Raises: what the source raises, for DEMAND. READAHEAD never raises for the source's sake: blocks that failed
         are left out. When it is cancelled, the blocks come all the same.
         """
-        if not self._open:
-            raise errors.AgentUnavailable("the block cache is closed")
-        last = min(first + count, block_count(version.size, self.block_size))
-        flights, ready = self._take_off(oid, version, source, range(first, last), inline, priority)
-        if priority is Priority.READAHEAD:
-            landed = await self._landed(flights)
-            return self._in_order(ready, [flight for flight in landed if flight.error is None])
-        self._waiting_readers += 1
-        try:
-            await self._landed(flights)
-        finally:
-            self._waiting_readers -= 1
-            self._quiet_since = trio.current_time()
-        for flight in flights:
-            if flight.error is not None:
-                # A copy: many tasks raise the error of one flight, and each adds its own traceback.
-                raise copy.copy(flight.error) from flight.error
-        filled = self._in_order(ready, flights)
+        over = trio.Event()
+        outcome: list[list[Filled] | Exception] = []
+
+        def answer(found: list[Filled] | Exception) -> None:
+            outcome.append(found)
+            with contextlib.suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(over.set)
+
+        self.start(oid, version, source, first, count, answer, inline=inline, priority=priority)
+        if not outcome:
+            await over.wait()
+        filled = outcome[0]
+        if isinstance(filled, Exception):
+            raise filled
         return await self._with_payloads(oid, version, source, filled) if inline else filled
 
-    @staticmethod
-    async def _landed(flights: Sequence[Flight]) -> Sequence[Flight]:
-        for flight in flights:
-            await flight.done.wait()
-        return flights
+    def start(
+        self,
+        oid: ObjectId,
+        version: ObjectVersion,
+        source: BlockSource,
+        first: int,
+        count: int,
+        answer: Answer,
+        *,
+        inline: bool = False,
+        priority: Priority = Priority.DEMAND,
+    ) -> None:
+        """As `fill`, without a task: calls `answer` once, with the blocks or what `fill` raises.
 
-    @staticmethod
-    def _in_order(ready: Sequence[Filled], flights: Sequence[Flight]) -> list[Filled]:
-        filled = [*ready, *(Filled(flight.index, flight.source, flight.payload) for flight in flights)]
-        filled.sort(key=lambda block: block.index)
-        return filled
+        It is called before this returns or, so that a reader waits for no turn of the event loop, in the thread that
+        has committed the last block: it must be short. A block may come without its bytes even with `inline`.
+        """
+        if not self._open:
+            raise errors.AgentUnavailable("the block cache is closed")
+        if priority is Priority.READAHEAD and not self._keeps:
+            self._counters.add(metrics.READAHEAD_DROPPED.name, count)
+            answer([])
+            return
+        inline = inline or (self.carries and priority is Priority.DEMAND)
+        last = min(first + count, block_count(version.size, self.block_size))
+        flights, ready = self._take_off(oid, version, source, range(first, last), inline, priority)
+        waiting = Waiting(ready, flights, answer, strict=priority is Priority.DEMAND)
+        for flight in flights:
+            flight.watch(waiting)
+        waiting()
 
     async def _with_payloads(
         self, oid: ObjectId, version: ObjectVersion, source: BlockSource, filled: list[Filled]
@@ -194,11 +190,26 @@ class BlockCache:
         for block in filled:
             if block.payload is None:
                 origin, payload = await trio.to_thread.run_sync(
-                    complete, block.index, limiter=self._threads, abandon_on_cancel=True
+                    complete, block.index, limiter=self._payload_threads, abandon_on_cancel=True
                 )
                 block = Filled(block.index, origin or block.source, payload)
             result.append(block)
         return result
+
+    @property
+    def carries(self) -> bool:
+        """Whether answers carry the bytes of their blocks: there is no shm tier, or it took none lately."""
+        return not self._mover.in_shm
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether a block that nobody waits for would be kept anywhere."""
+        return self._mover.in_shm or self._mover.on_disk
+
+    def carried_bytes(self, version: ObjectVersion, first: int, count: int) -> int:
+        """Return how much room in `carriage` an answer with these blocks needs."""
+        start = first * self.block_size
+        return CARRIED_TIMES * max(0, min(count * self.block_size, version.size - start))
 
     def has(self, key: BlockKey) -> Tier | None:
         """Return the nearest tier that holds the block."""
@@ -223,7 +234,7 @@ class BlockCache:
     @property
     def quiet(self) -> bool:
         """Whether nothing is under way and nothing waits to be written to the disk tier."""
-        return not self._flights and not self._waiting_readers and not self._spiller
+        return not self._flights and not self._spiller
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """Return "shm" and "disk" (state, used_bytes, limit_bytes, blocks and the tier's counts) and "fills"."""
@@ -238,8 +249,8 @@ class BlockCache:
         tiers["disk"]["spill_pending"] = 0 if self._spiller is None else len(self._spiller)
         tiers["fills"] = {
             "under_way": len(self._flights),
-            "held_bytes": self._origin_lane.held_bytes,
-            "budget_bytes": self._budget,
+            "held_bytes": self._origin_lane.held_bytes + self.carriage.held_bytes,
+            "budget_bytes": self._budget.whole,
             "origin": counts.get(metrics.ORIGIN_FILLS.name, 0),
             "inline": counts.get(metrics.FILLS_INLINE.name, 0),
         }
@@ -264,25 +275,29 @@ class BlockCache:
         for index in indexes:
             key = block_key(oid, index)
             flight = self._flights.get(key)
-            if flight is not None:
+            if flight is not None and not (inline and flight.lost and self.has(key) is None):
                 flights.append(self._join(flight, inline, priority))
                 continue
             place = self.has(key)
             if place is Tier.SHM:
                 ready.append(Filled(index, Tier.SHM, None))
                 continue
-            flight = Flight(key, index, self._mover.length(version, index), inline=inline)
+            if place is Tier.DISK and priority is Priority.READAHEAD and not self._mover.in_shm:
+                continue  # it is as near as it can come
+            wanted = priority is Priority.DEMAND
+            flight = Flight(key, index, self._mover.length(version, index), inline=inline, wanted=wanted)
             (from_disk if place is Tier.DISK else from_origin).append(flight)
         if priority is Priority.READAHEAD:
             self._counters.add(metrics.READAHEAD_BLOCKS.name, len(from_disk) + len(from_origin))
-            if self._origin_lane.waiting_readahead + self._disk_lane.waiting_readahead > MAX_WAITING_READAHEAD:
+            waiting = self._origin_lane.waiting_readahead(source) + self._disk_lane.waiting_readahead(None)
+            if waiting > MAX_WAITING_READAHEAD:
                 self._counters.add(metrics.READAHEAD_DROPPED.name, len(from_disk) + len(from_origin))
                 return flights, ready
         for flight in (*from_disk, *from_origin):
             self._flights[flight.key] = flight
-        for group in self._ranges(from_disk, priority):
+        for group in ranges_of(from_disk, self.block_size, self._origin_lane.under_way(source)):
             self._promote(version, source, group, priority)
-        for group in self._ranges(from_origin, priority):
+        for group in ranges_of(from_origin, self.block_size, self._origin_lane.under_way(source)):
             self._fetch(version, source, group, priority)
         if ready:
             self.touch([block_key(oid, block.index) for block in ready])
@@ -291,74 +306,67 @@ class BlockCache:
     def _join(self, flight: Flight, inline: bool, priority: Priority) -> Flight:
         self._counters.add(metrics.FILLS_JOINED.name)
         flight.inline = flight.inline or inline
+        flight.wanted = flight.wanted or priority is Priority.DEMAND
         if priority is Priority.DEMAND and flight.job is not None and flight.lane is not None:
             flight.lane.promote(flight.job)
         return flight
 
-    def _ranges(self, flights: list[Flight], priority: Priority) -> list[list[Flight]]:
-        """Split flights into groups of neighbours, each to be read as one range."""
-        large = priority is Priority.READAHEAD or len(flights) * self.block_size > LARGE_DEMAND
-        longest = max(1, (LARGE_RANGE if large else DEMAND_RANGE) // self.block_size)
-        groups: list[list[Flight]] = []
-        for flight in flights:
-            if groups and len(groups[-1]) < longest and groups[-1][-1].index + 1 == flight.index:
-                groups[-1].append(flight)
-            else:
-                groups.append([flight])
-        return groups
-
-    def _land(self, flights: Sequence[Flight], error: Exception | None) -> None:
-        """End flights: everybody who waits goes on."""
+    def _land(self, flights: Sequence[Flight], error: Exception | None = None) -> None:
+        """End flights: everybody who still waits goes on."""
         for flight in flights:
             if self._flights.get(flight.key) is flight:
                 del self._flights[flight.key]
-            flight.error = error
-            flight.done.set()
-            if error is None and flight.payload is not None and not flight.inline:
-                self._counters.add(metrics.FILLS_INLINE.name)
+            if not flight.over:
+                flight.error = error
+                flight.end()
+            flight.job = flight.lane = None  # a circle would keep the bytes until somebody collects garbage
 
     # -- jobs ----------------------------------------------------------------------------------------------------------
 
-    def _submit(self, lane: Lane, flights: list[Flight], job: Job) -> None:
+    def _submit(self, lane: Lane, flights: list[Flight], job: Job, source: BlockSource | None, slots: int) -> None:
         for flight in flights:
             flight.job, flight.lane = job, lane
-        lane.submit(job)
+        lane.submit(job, source, slots)
 
     def _promote(self, version: ObjectVersion, source: BlockSource, flights: list[Flight], priority: Priority) -> None:
         """Bring blocks from the disk tier into the shm tier; those that are not good there come from the source."""
-        missing: list[Flight] = []
 
         def work() -> None:
-            missing.extend(flight for flight in flights if not self._mover.promote(flight))
+            for flight in flights:
+                self._mover.promote(flight)
 
-        def finished(error: Exception | None) -> None:
-            left = flights if error is not None else missing
+        def finished(error: Exception | None, priority: Priority) -> None:
+            left = [flight for flight in flights if not flight.over]
             if error is not None:
                 log.error("reading from the disk tier failed in an unknown way", exc_info=error)
-            self._land([flight for flight in flights if flight not in left], None)
+            self._land([flight for flight in flights if flight.over])
+            if priority is Priority.DEMAND:
+                self._quiet_since = trio.current_time()
             # One bad block beside a good one leaves a gap, and a range has none: each group of neighbours by itself.
-            for group in self._ranges(left, job.priority):
-                self._fetch(version, source, group, job.priority)
+            for group in ranges_of(left, self.block_size, self._origin_lane.under_way(source)):
+                self._fetch(version, source, group, priority)
 
         job = Job(work, finished, sum(flight.length for flight in flights), priority)
-        self._submit(self._disk_lane, flights, job)
+        self._submit(self._disk_lane, flights, job, None, self._disk_threads)
 
     def _fetch(self, version: ObjectVersion, source: BlockSource, flights: list[Flight], priority: Priority) -> None:
         """Bring blocks from the source into the shm tier, else into the disk tier."""
-        in_shm: list[BlockKey] = []
+        in_shm_only: list[BlockKey] = []
 
         def work() -> None:
-            in_shm.extend(self._mover.fetch(version, source, flights))
+            self._mover.fetch(version, source, flights, in_shm_only)
 
-        def finished(error: Exception | None) -> None:
+        def finished(error: Exception | None, priority: Priority) -> None:
             if error is not None:
-                error = self._source_error(error, flights, job.priority)
+                error = self._source_error(error, [flight for flight in flights if not flight.over], priority)
             self._land(flights, error)
-            if in_shm and self._spiller is not None:
-                self._spiller.add(in_shm)
+            if priority is Priority.DEMAND:
+                self._quiet_since = trio.current_time()
+            if in_shm_only and self._spiller is not None:
+                self._spiller.add(in_shm_only)
 
-        job = Job(work, finished, sum(flight.length for flight in flights), priority)
-        self._submit(self._origin_lane, flights, job)
+        job = Job(work, finished, self._mover.memory(flights) + REQUEST_BYTES, priority)
+        self._submit(self._origin_lane, flights, job, source, source.max_requests)
 
     def _source_error(self, error: Exception, flights: list[Flight], priority: Priority) -> Exception:
         self._counters.add(metrics.ORIGIN_FILL_ERRORS.name, len(flights))

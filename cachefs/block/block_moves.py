@@ -1,44 +1,85 @@
 """What the threads of a fill do: take a block from the disk tier or the source, and put it where it belongs.
 
 Everything here blocks and runs in the threads of the block cache's lanes. A tier that cannot take a block is not an
-error: the bytes then stay with the flight, and are handed over with the answer.
+error: the bytes then stay with the flight, and are handed over with the answer. Whoever expects that asks for a flight
+that is `inline`, and has room for its bytes; of others only few are kept (`_Strays`), since nobody counts them, and
+their readers ask again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import trio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
 
 from cachefs import errors, metrics
 from cachefs.block import codec
 from cachefs.block.codec import Bytes
-from cachefs.block.lane import Job, Lane
+from cachefs.block.flights import Flight
 from cachefs.block.lmdb_tier import Demotion, TierWriter
 from cachefs.block.ports import BlockSource
 from cachefs.metrics import Counters
 from cachefs.types import BlockKey, ObjectVersion, Tier
 
+MIB = 1 << 20
+KEPT_BYTES = 8 * MIB
+"""How much memory for blocks stays with us between fills."""
+STRAY_BYTES = 4 * MIB
+STRAY_S = 1.0
 
-class Flight:
-    """The one fill of one block that is under way.
 
-    `source` and `payload` are written by the thread of its job, `error` by the trio thread; all are read after `done`.
+class _Buffers:
+    """Memory for blocks on their way, used again: fresh memory costs more than the copy into it. Any thread.
+
+    The first fills take whole buffers, which are kept. More of them at a time take what they need and no more: 200
+    small files on their way are 20 MiB, not 200.
     """
 
-    __slots__ = ("done", "error", "index", "inline", "job", "key", "lane", "length", "payload", "source")
+    def __init__(self, block_size: int) -> None:
+        self.blocks = max(1, MIB // block_size)
+        """How many stored values one buffer holds: what is committed in one transaction."""
+        self._whole_bytes = (codec.HEADER_SIZE + block_size) * self.blocks
+        self._idle: deque[bytearray] = deque()
+        self._unmade = KEPT_BYTES // self._whole_bytes
 
-    def __init__(self, key: BlockKey, index: int, length: int, *, inline: bool) -> None:
-        self.key = key
-        self.index = index
-        self.length = length
-        self.inline = inline
-        self.done = trio.Event()
-        self.source = Tier.ORIGIN
-        self.payload: bytes | None = None
-        self.error: Exception | None = None
-        self.job: Job | None = None
-        self.lane: Lane | None = None
+    def needed(self, blocks: int, longest: int) -> int:
+        """Return how many bytes a loan takes."""
+        return min(blocks, self.blocks) * (codec.HEADER_SIZE + longest)
+
+    @contextlib.contextmanager
+    def lent(self, blocks: int, longest: int) -> Iterator[list[memoryview]]:
+        """Lend places for so many stored values of this length at the most, or as many as one buffer has."""
+        size = codec.HEADER_SIZE + longest
+        try:
+            buffer = self._idle.pop()
+        except IndexError:
+            kept = self._unmade > 0
+            self._unmade -= kept
+            buffer = bytearray(self._whole_bytes if kept else self.needed(blocks, longest))
+        else:
+            kept = True
+        with memoryview(buffer) as whole:
+            yield [whole[at * size : (at + 1) * size] for at in range(min(blocks, self.blocks))]
+        if kept:
+            self._idle.append(buffer)
+
+
+class _Strays:
+    """The bytes of blocks that no tier took although one was expected to: a little per second. Any thread."""
+
+    def __init__(self) -> None:
+        self._left = 0
+        self._until = 0.0
+
+    def take(self, size: int) -> bool:
+        """Whether one more may be kept."""
+        now = time.monotonic()
+        if now >= self._until:
+            self._until, self._left = now + STRAY_S, STRAY_BYTES
+        taken = self._left > 0
+        self._left -= size
+        return taken
 
 
 class BlockMover:
@@ -57,6 +98,16 @@ class BlockMover:
         self._demote = demote
         self._block_size = block_size
         self._counters = counters
+        self._buffers = _Buffers(block_size)
+        self._strays = _Strays()
+        self.in_shm = shm is not None
+        """Whether the shm tier took the last block."""
+        self.on_disk = disk is not None
+        """Whether the disk tier took the last block that was brought to it here."""
+
+    def memory(self, flights: Sequence[Flight]) -> int:
+        """Return how many bytes a fetch of these blocks holds at a time."""
+        return self._buffers.needed(len(flights), max(flight.length for flight in flights))
 
     def length(self, version: ObjectVersion, index: int) -> int:
         """Return how many bytes block `index` has."""
@@ -71,7 +122,10 @@ class BlockMover:
             value = None if tier is None else tier.read(key, length)
             if value is not None:
                 return None, value[codec.HEADER_SIZE :]
-        return Tier.ORIGIN, bytes(source.read_range(version, index * self._block_size, length))
+        body = bytearray(length)
+        for _ in source.read_into(version, index * self._block_size, [memoryview(body)]):
+            pass
+        return Tier.ORIGIN, bytes(body)
 
     def promote(self, flight: Flight) -> bool:
         """Bring a block from the disk tier into the shm tier; returns False when it is not good there."""
@@ -83,48 +137,78 @@ class BlockMover:
         self._counters.add(metrics.DISK_HITS.name)
         self._counters.add(metrics.DISK_HIT_BYTES.name, flight.length)
         self._disk.touch([flight.key])
-        stored = self._into_shm([(flight.key, value)], encoded=True)
+        stored = self._into_shm([(flight.key, value)])
         flight.source = Tier.DISK
-        flight.payload = None if stored and not flight.inline else value[codec.HEADER_SIZE :]
+        self._end(flight, value, stored=stored)
         return True
 
-    def fetch(self, version: ObjectVersion, source: BlockSource, flights: Sequence[Flight]) -> list[BlockKey]:
-        """Bring neighbouring blocks from the source into the shm tier, else into the disk tier.
+    def fetch(
+        self,
+        version: ObjectVersion,
+        source: BlockSource,
+        flights: Sequence[Flight],
+        in_shm_only: list[BlockKey],
+    ) -> None:
+        """Bring neighbouring blocks from the source into the shm tier, else into the disk tier, while they come in.
 
-        Returns the keys that are in the shm tier only. Raises what the source raises.
+        Ends the flights of those that are there, and extends `in_shm_only`. Raises what the source raises; the flights
+        that are over by then are good.
         """
-        start, length = flights[0].index * self._block_size, sum(flight.length for flight in flights)
-        raw = memoryview(source.read_range(version, start, length))
-        if raw.nbytes != length:
-            raise errors.BadBody(f"{version.key}: asked for {length} bytes at {start}, got {raw.nbytes}")
-        parts: list[tuple[BlockKey, Bytes]] = []
-        offset = 0
-        for flight in flights:
-            parts.append((flight.key, raw[offset : offset + flight.length]))
-            offset += flight.length
-        self._counters.add(metrics.ORIGIN_FILLS.name, len(flights))
-        self._counters.add(metrics.ORIGIN_FILL_BYTES.name, length)
         self._counters.add(metrics.ORIGIN_FILL_REQUESTS.name)
-        stored = self._into_shm(parts, encoded=False)
-        if not stored:
-            self._into_disk(parts)
-        for flight, (_, part) in zip(flights, parts, strict=True):
-            flight.source = Tier.ORIGIN
-            flight.payload = None if stored and not flight.inline else bytes(part)
-        return [flight.key for flight in flights] if stored else []
+        with self._buffers.lent(len(flights), max(flight.length for flight in flights)) as places:
+            values = [
+                places[number % len(places)][: codec.HEADER_SIZE + flight.length]
+                for number, flight in enumerate(flights)
+            ]
+            payloads = [value[codec.HEADER_SIZE :] for value in values]
+            group, complete = 0, 0
+            for complete in source.read_into(version, flights[0].index * self._block_size, payloads):
+                if complete - group == len(places) or complete == len(flights):
+                    self._keep(flights[group:complete], values[group:complete], in_shm_only)
+                    group = complete
+            if complete != len(flights):
+                raise errors.BadBody(f"{version.key}: {complete} of {len(flights)} blocks came")
 
-    def _into_shm(self, blocks: Sequence[tuple[BlockKey, Bytes]], *, encoded: bool) -> bool:
+    def _keep(self, flights: Sequence[Flight], values: Sequence[memoryview], in_shm_only: list[BlockKey]) -> None:
+        """Commit blocks that are complete, and let whoever asks have them from now on."""
+        for flight, value in zip(flights, values, strict=True):
+            value[: codec.HEADER_SIZE] = codec.encode_header(value[codec.HEADER_SIZE :], flight.key)
+        self._counters.add(metrics.ORIGIN_FILLS.name, len(flights))
+        self._counters.add(metrics.ORIGIN_FILL_BYTES.name, sum(flight.length for flight in flights))
+        blocks = [(flight.key, value) for flight, value in zip(flights, values, strict=True)]
+        stored = self._into_shm(blocks)
+        if stored:
+            in_shm_only += [flight.key for flight in flights]
+        else:
+            self._into_disk(blocks)
+        for flight, value in zip(flights, values, strict=True):
+            self._end(flight, value, stored=stored)
+
+    def _end(self, flight: Flight, value: Bytes, *, stored: bool) -> None:
+        """Let whoever asked for a block have it, with its bytes where they are needed."""
+        if flight.inline or (not stored and flight.wanted and self._strays.take(flight.length)):
+            flight.payload = bytes(memoryview(value)[codec.HEADER_SIZE :])
+            if not stored:
+                self._counters.add(metrics.FILLS_INLINE.name)
+        flight.end()
+
+    def _into_shm(self, values: Sequence[tuple[BlockKey, Bytes]]) -> bool:
         if self._shm is None:
             return False
         try:
-            (self._shm.put_values if encoded else self._shm.put_many)(blocks, self._demote)
+            self._shm.put_values(values, self._demote)
         except errors.TierUnavailable:
+            self.in_shm = False
             return False  # the tier has warned and counted
+        self.in_shm = True
         return True
 
-    def _into_disk(self, blocks: Sequence[tuple[BlockKey, Bytes]]) -> None:
-        if self._disk is not None:
-            try:
-                self._disk.put_many(blocks)
-            except errors.TierUnavailable:
-                return  # the tier has warned and counted
+    def _into_disk(self, values: Sequence[tuple[BlockKey, Bytes]]) -> None:
+        if self._disk is None:
+            return
+        try:
+            self._disk.put_values(values)
+        except errors.TierUnavailable:
+            self.on_disk = False  # the tier has warned and counted
+        else:
+            self.on_disk = True

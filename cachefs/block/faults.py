@@ -3,35 +3,13 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 
+from cachefs.logs import ThrottledWarning
 from cachefs.metrics import Counters
 from cachefs.types import Tier
 
 log = logging.getLogger(__name__)
-
-
-class ThrottledWarning:
-    """At most one warning a minute; says how many were left out."""
-
-    __slots__ = ("_interval_s", "_left_out", "_lock", "_next")
-
-    def __init__(self, interval_s: float = 60.0) -> None:
-        self._interval_s = interval_s
-        self._next = 0.0
-        self._left_out = 0
-        self._lock = threading.Lock()
-
-    def due(self, now: float) -> str | None:
-        """Return None (say nothing now) or what to add to the message."""
-        with self._lock:
-            if now < self._next:
-                self._left_out += 1
-                return None
-            self._next = now + self._interval_s
-            left_out, self._left_out = self._left_out, 0
-        return f" (and {left_out} more since the last warning)" if left_out else ""
 
 
 class Faults:

@@ -1,14 +1,16 @@
 """Blocking jobs in threads, demand before readahead, with a bound on how many run and how many bytes they hold.
 
-A job starts when a slot and its bytes are free. Readahead may only take a part of both, so a reader who waits
-always finds room at once; while a demand job waits, no readahead job starts. `_pump` decides without awaiting, so
-its decisions cannot interleave; it runs whenever a job is submitted, promoted or finished.
+Jobs stand in one *line* per source (a store, for instance). A job starts when its line has a slot and its bytes are
+free; lines take turns. So a store that hangs keeps its own slots and its own share of the bytes (`shares`), and no job
+of another source waits for it. Readahead may only take a part of both, so a reader who waits always finds room at once;
+while a demand job waits in a line, no readahead job of that line starts. `_pump` decides without awaiting, so its
+decisions cannot interleave; it runs whenever a job is submitted, promoted or finished.
 
 The threads are the lane's own: trio.to_thread costs three turns of the event loop and 150 us per job, this one turn and
-30 us, and a small file that is not cached waits for one job after the other.
+30 us, and a small file that is not cached waits for one job after the other. They are shared by all lines: every job
+that was started has one.
 
-INVARIANT: `held_bytes` is the sum of the sizes of the running jobs, and exceeds the budget only while a single job
-runs that is larger than the whole budget.
+INVARIANT: what is held is the sum of the sizes of the running jobs.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from queue import SimpleQueue
 
 import trio
 
+from cachefs.block.shares import Shares
 from cachefs.errors import StorageUnavailable
 
 log = logging.getLogger(__name__)
@@ -35,79 +38,108 @@ class Priority(enum.IntEnum):
     READAHEAD = 1
 
 
+GREED = {Priority.DEMAND: 3.0, Priority.READAHEAD: 1.0}
+"""What a source may hold, as a multiple of what is free (`shares`): readahead leaves as much for those who wait."""
+READAHEAD_SLOTS = 0.75
+"""How many of the slots readahead may take."""
+
+
 @dataclass(eq=False, slots=True)
 class Job:
-    """`work` runs in a thread; then `finished` gets its error (or None) in the trio thread, exactly once."""
+    """`work` runs in a thread; then `finished` gets its error (or None) and who waited for it at last, in the trio
+    thread, exactly once."""
 
     work: Callable[[], None]
-    finished: Callable[[Exception | None], None]
+    finished: Callable[[Exception | None, Priority], None]
     size: int
     priority: Priority
     started: bool = field(default=False, init=False)
+    line: _Line = field(init=False)
+
+
+class _Line:
+    """The jobs of one source."""
+
+    __slots__ = ("queues", "running", "slots", "source")
+
+    def __init__(self, source: object) -> None:
+        self.source = source
+        self.slots = 1
+        self.queues: tuple[deque[Job], deque[Job]] = (deque(), deque())
+        self.running = 0
+
+    def has_slot(self, priority: Priority) -> bool:
+        """Whether one more job may run."""
+        slots = self.slots if priority is Priority.DEMAND else self.slots * READAHEAD_SLOTS
+        return not self.running or self.running < int(slots)
 
 
 class Lane:
     """One kind of jobs. Used from the trio thread only."""
 
-    def __init__(
-        self,
-        *,
-        slots: int,
-        budget_bytes: int,
-        readahead_slots: int,
-        readahead_bytes: int,
-    ) -> None:
+    def __init__(self, *, budget_bytes: int) -> None:
         self._token = trio.lowlevel.current_trio_token()
         self._ready: SimpleQueue[Job | None] = SimpleQueue()
         self._threads = self._idle = 0
         self._closed = False
-        self._slots = (slots, max(1, readahead_slots))
-        self._bytes = (budget_bytes, readahead_bytes)
-        self._queues: tuple[deque[Job], deque[Job]] = (deque(), deque())
-        self._running = [0, 0]
-        self.held_bytes = 0
+        self._shares = Shares(budget_bytes)
+        self._lines: dict[object, _Line] = {}
+        self._turns: deque[_Line] = deque()
+        """The lines that have jobs, whoever's turn is next first."""
 
     @property
-    def demand(self) -> int:
-        """How many demand jobs run or wait."""
-        return self._running[Priority.DEMAND] + len(self._queues[Priority.DEMAND])
+    def held_bytes(self) -> int:
+        """What the running jobs hold."""
+        return self._shares.held_bytes
 
-    @property
-    def waiting_readahead(self) -> int:
-        """How many readahead jobs have not started."""
-        return len(self._queues[Priority.READAHEAD])
+    def waiting_readahead(self, source: object) -> int:
+        """How many readahead jobs of a source have not started."""
+        line = self._lines.get(source)
+        return 0 if line is None else len(line.queues[Priority.READAHEAD])
 
-    def submit(self, job: Job) -> None:
-        """Run the job when its turn comes."""
-        self._queues[job.priority].append(job)
+    def under_way(self, source: object) -> int:
+        """How many jobs of a source run, or wait for their turn."""
+        line = self._lines.get(source)
+        return 0 if line is None else line.running + sum(map(len, line.queues))
+
+    def submit(self, job: Job, source: object, slots: int) -> None:
+        """Run the job when its turn comes; `slots`: how many of this source may run at once, from now on."""
+        line = self._lines.get(source)
+        if line is None:
+            line = self._lines[source] = _Line(source)
+            self._turns.append(line)
+        line.slots = slots
+        job.line = line
+        line.queues[job.priority].append(job)
         self._pump()
 
     def promote(self, job: Job) -> None:
         """A reader waits for this readahead job now: let it overtake, if it has not started."""
         if not job.started and job.priority is Priority.READAHEAD:
-            self._queues[Priority.READAHEAD].remove(job)
+            job.line.queues[Priority.READAHEAD].remove(job)
             job.priority = Priority.DEMAND
-            self.submit(job)
+            job.line.queues[Priority.DEMAND].append(job)
+            self._pump()
 
     def close(self) -> None:
         """Forget all jobs: no `finished` is called any more, not even of those that run."""
         self._closed = True
-        for queue in self._queues:
-            queue.clear()
+        for line in self._lines.values():
+            for queue in line.queues:
+                queue.clear()
         for _ in range(self._threads):
             self._ready.put(None)
 
     def _pump(self) -> None:
         while (job := self._next()) is not None:
             job.started = True
-            self._running[job.priority] += 1
-            self.held_bytes += job.size
+            job.line.running += 1
+            self._shares.take(job.line.source, job.size)
             if self._idle > 0:
                 self._idle -= 1
             elif not self._start_thread():
-                self._running[job.priority] -= 1
-                self.held_bytes -= job.size
-                job.finished(StorageUnavailable("no thread can be started for a fill"))
+                self._release(job)
+                job.finished(StorageUnavailable("no thread can be started for a fill"), job.priority)
                 continue
             self._ready.put(job)
 
@@ -127,13 +159,28 @@ class Lane:
         return True
 
     def _next(self) -> Job | None:
-        for priority, queue in zip(Priority, self._queues, strict=True):
-            if not queue:
-                continue
-            running = self._running[0] + self._running[1]
-            fits = self.held_bytes + queue[0].size <= self._bytes[priority] and running < self._slots[priority]
-            return queue.popleft() if fits or not running else None
+        """Take the next job out of its line; None when no line has one that may start."""
+        for priority in Priority:
+            for line in self._turns:
+                queue = line.queues[priority]
+                if not queue or not line.has_slot(priority):
+                    continue
+                if priority is Priority.READAHEAD and line.queues[Priority.DEMAND]:
+                    continue
+                if self._shares.fits(line.source, queue[0].size, greed=GREED[priority]):
+                    if len(self._turns) > 1:
+                        self._turns.remove(line)
+                        self._turns.append(line)
+                    return queue.popleft()
         return None
+
+    def _release(self, job: Job) -> None:
+        line = job.line
+        line.running -= 1
+        self._shares.give_back(line.source, job.size)
+        if not line.running and not any(line.queues):  # a source that is gone leaves nothing behind
+            del self._lines[line.source]
+            self._turns.remove(line)
 
     def _work(self) -> None:
         """One thread: jobs, one after the other, until the lane is closed."""
@@ -152,11 +199,10 @@ class Lane:
     def _done(self, job: Job, error: Exception | None) -> None:
         if self._closed:
             return
-        self._running[job.priority] -= 1
         self._idle += 1
-        self.held_bytes -= job.size
+        self._release(job)
         try:
-            job.finished(error)
+            job.finished(error, job.priority)
         except Exception:
             log.exception("the end of a job failed")  # raised from here it would end the event loop
         self._pump()

@@ -25,8 +25,9 @@ from typing import Any
 import lmdb
 
 from cachefs import errors
-from cachefs.block import codec, tier_files
+from cachefs.block import tier_files
 from cachefs.block.codec import Bytes
+from cachefs.block.huge_pages import HUGE_PAGE, address_of
 from cachefs.block.ledger import PAGE_HEADER, PAGE_SIZE, value_pages
 from cachefs.block.page_location import first_page
 from cachefs.types import BlockKey
@@ -35,6 +36,7 @@ FORMAT = b"1"
 KEY_SIZE = 20
 INDEX = b"index"
 MAX_READERS = 500
+LEAST_ALIGNED = 32 * HUGE_PAGE
 _INDEX = struct.Struct("<QI")
 PINNED: dict[str, Any] = {"lib_version": 0} if hasattr(lmdb.Environment, "lib_version") else {}
 """lmdb 3 can write two file formats; this is the one that every version reads."""
@@ -76,6 +78,22 @@ def file_identity(directory: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
+def stored_block_size(directory: str) -> int | None:
+    """Return the size of the blocks in an environment that nobody has open; None when it has none. Raises CorruptBlock,
+    TierUnavailable.
+    """
+    with _translated(f"{directory} cannot be read"):
+        env = lmdb.Environment(directory, readonly=True, lock=False, create=False, max_dbs=2, **PINNED)
+        try:
+            state = env.open_db(b"state", create=False)
+            with env.begin(db=state) as txn:
+                found = txn.get(b"format"), txn.get(b"block_size") or b""
+                blocks = txn.stat(env.open_db(INDEX, txn, create=False))["entries"]
+        finally:
+            env.close()
+    return int(found[1]) if found[0] == FORMAT and found[1].isdigit() and blocks else None
+
+
 class BlockEnvironment:
     """One open environment with its writer's operations. Writes: one thread at a time. Reads: any thread."""
 
@@ -84,6 +102,7 @@ class BlockEnvironment:
         self.directory = directory
         self._ticks = 0
         self._fd = -1
+        self._writemap = writemap
         with _translated(f"{directory} cannot be opened"):
             tier_files.reserve_lock_file(directory)
             self._env = lmdb.Environment(
@@ -107,6 +126,7 @@ class BlockEnvironment:
                 self._locatable = self._env.stat()["psize"] == PAGE_SIZE
                 self._open_databases(block_size)
                 self._known_end = self.end
+                self._align(map_size)
         except BaseException:
             self._env.close()
             if self._fd >= 0:
@@ -165,6 +185,17 @@ class BlockEnvironment:
             record = txn.get(key)
             return None if record is None or len(record) != _INDEX.size else int(_INDEX.unpack(record)[1])
 
+    def extents(self, keys: Iterable[BlockKey]) -> list[tuple[int, int]]:
+        """Return (offset, length) of the pages in the file that belong to one of these values and to nothing else."""
+        found = []
+        with _translated("the index cannot be read"), self._env.begin(db=self._index) as txn:
+            for key in keys:
+                record = txn.get(key)
+                page, length = (0, 0) if record is None or len(record) != _INDEX.size else _INDEX.unpack(record)
+                if page:
+                    found.append((page * PAGE_SIZE, value_pages(length) * PAGE_SIZE))
+        return found
+
     def read(self, key: BlockKey) -> bytes | None:
         """Return a block's value, unchecked, or None. Raises CorruptBlock (short file), TierUnavailable."""
         self._check_length()
@@ -181,13 +212,12 @@ class BlockEnvironment:
             view = txn.get(key)
             return None if view is None else bytes(view)
 
-    def write(self, values: Iterable[tuple[BlockKey, Bytes]], *, encoded: bool) -> None:
-        """Commit blocks (`encoded`: with their header) in one transaction. When it raises, nothing changed."""
+    def write(self, values: Iterable[tuple[BlockKey, Bytes]]) -> None:
+        """Commit blocks' values in one transaction. When it raises, nothing changed."""
         self._check_length()
         with _translated("blocks cannot be written"), self._env.begin(write=True, buffers=True) as txn:
             last_page = (1 << 48) // PAGE_SIZE
-            for key, given in values:
-                value = given if encoded else codec.encode(given, key)
+            for key, value in values:
                 txn.put(key, value)
                 page = 0
                 if self._locatable and value_pages(len(value)):
@@ -220,6 +250,19 @@ class BlockEnvironment:
         """Let the file grow up to `map_size` bytes (never less than is used). No read may be open in this process."""
         with _translated("the map cannot be resized"):
             self._env.set_mapsize(max(map_size, self.end))
+            self._align(map_size)
+
+    def _align(self, map_size: int) -> None:
+        """Let a map for writing begin at a multiple of a huge page, as far as the address space allows.
+
+        The kernel puts a map right below what is there already. One that is shorter by what its beginning lacks to the
+        next multiple ends at the same place, and so begins at that multiple. A small tier keeps its length.
+        """
+        if not self._writemap or map_size < LEAST_ALIGNED or map_size - HUGE_PAGE < self.end:
+            return
+        excess = (address_of(self._fd) or 0) % HUGE_PAGE
+        if excess:
+            self._env.set_mapsize(map_size - (HUGE_PAGE - excess))
 
     def reader_check(self) -> int:
         """Free the slots of readers that died inside of a transaction."""

@@ -17,6 +17,7 @@ INVARIANTS
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -33,6 +34,7 @@ from cachefs.block.gate import Gate
 from cachefs.block.ledger import PAGE_SIZE, Ledger, value_cost
 from cachefs.block.lmdb_env import BlockEnvironment, MapFull
 from cachefs.block.ports import EvictionPolicy
+from cachefs.block.tier_eviction import Demotion, evict
 from cachefs.block.tier_growth import Growth
 from cachefs.block.tier_opening import open_tier, take_over
 from cachefs.metrics import Counters
@@ -46,7 +48,6 @@ OTHER_BYTES = 256 << 10
 """Lock file, stamp and directory: they count to the tier's limit too."""
 GROUP_BYTES = 8 << 20
 GROUP_BLOCKS = 256
-EVICT_BLOCKS = 64
 TREE_BYTES_PER_BLOCK = 4 * PAGE_SIZE
 TREE_BYTES = 64 * PAGE_SIZE
 """What a transaction may take beside its values: copies of tree pages and of the list of free pages."""
@@ -56,9 +57,7 @@ PAUSE_S = 0.004
 PINNED_S = 0.5
 """For how long nothing is tried after that was in vain."""
 RETRY_S = 5.0
-
-Demotion = Callable[[Sequence[BlockKey]], None]
-"""Called in the writing thread with the keys that are about to be evicted, while their bytes can still be read."""
+NO_ROOM = "it may take no more of the file system below it, and goes on with less than its limit"
 
 
 class TierWriter:
@@ -90,8 +89,7 @@ class TierWriter:
             raise errors.TierUnavailable(
                 f"a {tier} tier of {limit_bytes} bytes is too small for blocks of {block_size}"
             )
-        self._slack = max(self._map_size // 20, 4 * block_cost)
-        self._group_bytes = max(min(GROUP_BYTES, self._slack // 4), block_cost)
+        self._block_cost = block_cost
         self._lock = threading.RLock()
         self._gate = Gate()
         self._ledger = Ledger(policy())
@@ -117,14 +115,15 @@ class TierWriter:
             unusable=self._unusable,
         )
         try:
-            growth = Growth(os.path.join(self.directory, tier_files.DATA_FILE), self._map_size, self._gate)
+            path = os.path.join(self.directory, tier_files.DATA_FILE)
+            growth = Growth(path, self._map_size, self._block_cost, self._gate, in_memory=self.tier is Tier.SHM)
         except OSError as error:
             opened.env.close()
             raise errors.TierUnavailable(f"{self.directory} cannot be written: {error}") from error
         self._env, self._ledger, self._growth = opened.env, opened.ledger, growth
         self._unusable, self._clean = "", False
         if opened.former is not None:
-            take_over(opened.former, self.put_values, lambda: self._usable() - self._ledger.used_bytes)
+            take_over(opened.former, self.put_values, lambda: self._growth.usable - self._ledger.used_bytes)
             log.info("the %s tier is smaller now: took over %d blocks", self.tier, len(self._ledger))
 
     # -- reading -------------------------------------------------------------------------------------------------------
@@ -166,69 +165,53 @@ class TierWriter:
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
-    def put_many(self, blocks: Iterable[tuple[BlockKey, Bytes]], demote: Demotion | None = None) -> None:
-        """Commit payloads under their keys, in groups; keys that are there already are not written again.
+    def put_values(self, values: Iterable[tuple[BlockKey, Bytes]], demote: Demotion | None = None) -> None:
+        """Commit stored values (header and payload, see `codec`), in groups; keys that are there are not written again.
 
         Evicts first, and calls `demote` before. Raises TierUnavailable; groups before the failing one stay committed.
         """
-        self._put(blocks, demote, encoded=False)
-
-    def put_values(self, values: Iterable[tuple[BlockKey, Bytes]], demote: Demotion | None = None) -> None:
-        """As `put_many`, for stored values (with their header) as `read` returns them."""
-        self._put(values, demote, encoded=True)
-
-    def _put(self, blocks: Iterable[tuple[BlockKey, Bytes]], demote: Demotion | None, *, encoded: bool) -> None:
-        header = 0 if encoded else codec.HEADER_SIZE
         with self._lock:
-            group: dict[BlockKey, tuple[Bytes, int]] = {}
-            room = self._group_bytes
-            for key, given in blocks:
+            group: dict[BlockKey, Bytes] = {}
+            most = room = self._group_bytes()
+            for key, value in values:
                 if key in self._ledger or key in group:
                     continue
-                length = len(given) + header
-                if group and (value_cost(length) > room or len(group) >= GROUP_BLOCKS):
-                    self._write(group, demote, encoded=encoded)
-                    group, room = {}, self._group_bytes
-                group[key] = given, length
-                room -= value_cost(length)
+                cost = value_cost(len(value))
+                if group and (cost > room or len(group) >= GROUP_BLOCKS):
+                    self._write(group, demote)
+                    group, room = {}, most
+                group[key] = value
+                room -= cost
             if group:
-                self._write(group, demote, encoded=encoded)
+                self._write(group, demote)
 
-    def _write(self, group: dict[BlockKey, tuple[Bytes, int]], demote: Demotion | None, *, encoded: bool) -> None:
+    def _write(self, group: dict[BlockKey, Bytes], demote: Demotion | None) -> None:
         """Commit one group. Raises TierUnavailable."""
-        need = sum(value_cost(length) for _, length in group.values())
+        need = sum(value_cost(len(value)) for value in group.values())
         if self._closed or time.monotonic() < self._pause_until:
             raise errors.TierUnavailable("it is closed, or was full a moment ago")  # the warning was given then
         try:
             env = self._usable_environment()
             self._ledger.settle()
-            self._commit(env, group, need, demote, encoded=encoded)
+            self._commit(env, group, need, demote)
         except errors.CorruptBlock as error:
             raise self._give_up(error) from error
         except errors.TierUnavailable as error:
             self._faults.fault(error)
             raise
-        for key, (_, length) in group.items():
-            self._ledger.add(key, length)
+        for key, value in group.items():
+            self._ledger.add(key, len(value))
         self._counters.add(f"{self.tier}_writes", len(group))
-        self._counters.add(f"{self.tier}_write_bytes", sum(length for _, length in group.values()))
+        self._counters.add(f"{self.tier}_write_bytes", sum(map(len, group.values())))
 
-    def _commit(
-        self,
-        env: BlockEnvironment,
-        group: dict[BlockKey, tuple[Bytes, int]],
-        need: int,
-        demote: Demotion | None,
-        *,
-        encoded: bool,
-    ) -> None:
+    def _commit(self, env: BlockEnvironment, group: dict[BlockKey, Bytes], need: int, demote: Demotion | None) -> None:
         """Make room and write; while the free pages are too scattered, or still seen by a reader, make more room."""
         growth = need + len(group) * TREE_BYTES_PER_BLOCK + TREE_BYTES
         for attempt in range(TRIES):
             try:
                 self._make_room(need, demote)
                 if self._may_grow(env, growth):
-                    env.write(((key, given) for key, (given, _) in group.items()), encoded=encoded)
+                    env.write(group.items())
                     return
             except MapFull as error:
                 log.debug("%s: %s", self.tier, error)
@@ -245,7 +228,7 @@ class TierWriter:
         could_grow = self._growth.growing
         ready = self._growth.prepare(env, growth)
         if could_grow and not ready:
-            self._faults.fault(errors.TierUnavailable("no room below it; it goes on with what it has"))
+            self._faults.fault(errors.TierUnavailable(NO_ROOM))
         elif not could_grow and self._growth.growing:
             log.info("the %s tier in %s can grow again", self.tier, self.directory)
         return ready
@@ -264,49 +247,61 @@ class TierWriter:
             self._clean = False
         return env
 
-    def _usable(self) -> int:
-        """Return how many bytes blocks may take now."""
-        return self._growth.limit - self._slack
+    def _group_bytes(self) -> int:
+        """Return what one transaction may write: LMDB uses its pages again only two transactions later."""
+        return max(min(GROUP_BYTES, self._growth.slack // 4), self._block_cost)
 
     def _make_room(self, need: int, demote: Demotion | None) -> None:
-        surplus = self._ledger.used_bytes + need - self._usable()
-        if need > self._usable():
+        usable = self._growth.usable
+        if need > usable:
             if not self._growth.growing and self._growth.may_retry():
                 return  # the file system is about to be asked for more
             raise errors.TierUnavailable("the file system below it is full")
-        if surplus > 0:
-            self._evict(surplus, demote)
+        deficit = 0 if self._growth.growing else self._growth.deficit
+        want = max(self._ledger.used_bytes + need - usable, deficit)
+        if want > 0:
+            self._evict(want, demote, give_back=deficit > 0)
 
-    def _evict(self, want: int, demote: Demotion | None) -> None:
+    def _evict(self, want: int, demote: Demotion | None = None, *, give_back: bool = False) -> None:
         """Delete the oldest blocks until `want` bytes are free. Raises TierUnavailable, CorruptBlock."""
         assert self._env is not None
-        env, target = self._env, max(self._ledger.used_bytes - want, 0)
-        while self._ledger.used_bytes > target and len(self._ledger):
-            victims = self._take_victims(env, self._ledger.used_bytes - target)
-            try:
-                if demote is not None:
-                    demote(list(victims))
-                gone = env.delete(list(victims))
-            except BaseException:
-                for key, length in victims.items():
-                    self._ledger.keep(key, length)
-                raise
-            for key, length in gone:
-                self._ledger.gone(key, length)
-            self._counters.add(f"{self.tier}_evictions", len(gone))
+        punch = self._growth.punch if give_back else None
+        count = functools.partial(self._counters.add, f"{self.tier}_evictions")
+        evict(self._env, self._ledger, want, demote=demote, punch=punch, count=count)
 
-    def _take_victims(self, env: BlockEnvironment, want: int) -> dict[BlockKey, int]:
-        victims: dict[BlockKey, int] = {}
-        while want > 0 and len(victims) < EVICT_BLOCKS:
-            key = self._ledger.take_victim()
-            if key is None:
-                break
-            length = env.length(key)
-            if length is None:
-                raise errors.CorruptBlock("a block that should be in its index is not")
-            victims[key] = length
-            want -= value_cost(length)
-        return victims
+    # -- room for others -----------------------------------------------------------------------------------------------
+
+    def give_back(self, want: int) -> int:
+        """Give `want` bytes of its file system to others, or what they are short of if that is more; returns how many
+        that were. Takes time (blocks are deleted). Never raises.
+        """
+        with self._lock:
+            if self._env is None or self._growth.room is None:
+                return 0
+            try:
+                if self._growth.growing:
+                    self._faults.fault(errors.TierUnavailable(NO_ROOM))
+                given = self._growth.give_back(self._env, want, functools.partial(self._evict, give_back=True))
+                if given is None:
+                    given = self._growth.room.allocated()
+                    self._begin_anew("others need the room that it takes")
+                return given
+            except errors.CorruptBlock as error:
+                self._give_up(error)
+            except errors.TierUnavailable as error:
+                self._faults.fault(error)
+            return 0
+
+    def _begin_anew(self, why: str) -> None:
+        """Remove everything and begin. Raises TierUnavailable: it cannot begin now, and `_revive` tries again."""
+        self._give_up(errors.TierUnavailable(f"{why}: it begins anew"))
+        try:
+            tier_files.remove(self.directory)
+            self._unusable = ""
+            self._begin()
+        except (OSError, errors.TierUnavailable) as error:
+            self._unusable = why
+            raise errors.TierUnavailable(f"it cannot begin anew: {error}") from error
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -338,21 +333,15 @@ class TierWriter:
                     self._revive()
                 elif not self._env.intact():
                     self._give_up(errors.CorruptBlock("its data file was removed or cut"))
-                elif self._env.reader_check():
-                    self._pause_until = 0.0
+                else:
+                    if self._env.reader_check():
+                        self._pause_until = 0.0
+                    if self._growth.deficit:
+                        self.give_back(0)
             except errors.CorruptBlock as error:
                 self._give_up(error)
             except errors.TierUnavailable as error:
                 self._faults.fault(error)
-
-    def reader_check(self) -> int:
-        """Free the slots of readers that died inside of a transaction (they pin old pages); returns how many."""
-        with self._lock:
-            try:
-                return 0 if self._env is None else self._env.reader_check()
-            except (errors.CorruptBlock, errors.TierUnavailable) as error:
-                self._faults.fault(error)
-                return 0
 
     def discard(self, keys: Sequence[BlockKey]) -> None:
         """Delete blocks. Raises TierUnavailable."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from cachefs.types import BlockKey, ObjectVersion
@@ -10,8 +11,15 @@ from cachefs.types import BlockKey, ObjectVersion
 class BlockSource(Protocol):
     """Where blocks come from when no tier has them: the store, later also peers. Calls BLOCK; they run in threads."""
 
-    def read_range(self, version: ObjectVersion, start: int, length: int) -> bytes | memoryview:
-        """Return exactly these bytes of exactly this version.
+    @property
+    def max_requests(self) -> int:
+        """How many reads may be under way at once. May change."""
+        ...
+
+    def read_into(self, version: ObjectVersion, start: int, buffers: Sequence[memoryview]) -> Iterator[int]:
+        """Fill the buffers, one after the other, with exactly the bytes of exactly this version from `start` on.
+
+        Yields the number of buffers that are full.
 
         Raises: StaleObject, AccessDenied, StorageUnavailable (also BadBody).
         """

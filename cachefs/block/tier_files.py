@@ -6,21 +6,26 @@ maps (a torn or foreign file can end the process).
 * `Stamp` (clean.json) says how the last user left the environment. LMDB without sync promises nothing after a power
   loss, so after a reboot the environment is only trusted when the stamp says that it was synced and not written
   since. A process killed with -9 loses nothing: the page cache belongs to the kernel.
-* `remove_or_set_aside` takes a directory away that cannot be used.
+* `take_away` takes a directory away that cannot be used: what is ours is deleted, what is foreign is set aside.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import struct
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cachefs import errors
+
+log = logging.getLogger(__name__)
 
 DATA_FILE = "data.mdb"
 LOCK_FILE = "lock.mdb"
@@ -29,6 +34,8 @@ LOCK_BYTES = 64 << 10
 """Room for about 1,000 reader slots, reserved at once: a page fault in a full file system would be SIGBUS."""
 
 FORMER_SUFFIX = ".former"
+GONE_SUFFIX = ".gone-"
+ASIDE_SUFFIX = ".aside-"
 VERIFY_TIME_S = 10.0
 VERIFY_FLAW = 3
 _VERIFIER = f"""
@@ -164,26 +171,55 @@ def distrust(directory: str, meta: Meta, stamp: Stamp | None) -> bool:
     return (status.st_size, status.st_mtime_ns) != (stamp.size, stamp.mtime_ns)
 
 
-def remove_or_set_aside(directory: str, *, keep: bool) -> str:
-    """Take an environment away: rename the directory (`keep`; only the newest is kept) or remove our files in it.
+def remove(directory: str) -> None:
+    """Remove our files in a directory, at once. Raises OSError."""
+    for name in (DATA_FILE, LOCK_FILE, STAMP_FILE):
+        path = Path(directory, name)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
-    Returns what was done. Raises OSError.
+
+def take_away(directory: str) -> str:
+    """Take an environment away and return what was done. Raises OSError.
+
+    One of ours is only a cache: it is deleted, in the background, because that takes seconds for many GiB. What looks
+    foreign may be somebody's only copy: it is set aside, and the newest of those is kept.
     """
-    if not keep:
-        for name in (DATA_FILE, LOCK_FILE, STAMP_FILE):
-            path = Path(directory, name)
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-        return "removed it"
+    if is_ours(directory):
+        gone = f"{directory}{GONE_SUFFIX}{time.time_ns()}"
+        os.rename(directory, gone)
+        remove_leftovers(directory)
+        return "deleted it"
     parent, base = os.path.split(directory)
-    former = sorted(Path(parent).glob(f"{base}.aside-*"), key=lambda path: _number(path.name))
+    former = sorted(Path(parent).glob(f"{base}{ASIDE_SUFFIX}*"), key=lambda path: _number(path.name))
     for path in former:
         shutil.rmtree(path, ignore_errors=True)
-    target = f"{directory}.aside-{_number(former[-1].name) + 1 if former else 1}"
+    target = f"{directory}{ASIDE_SUFFIX}{_number(former[-1].name) + 1 if former else 1}"
     os.rename(directory, target)
-    return f"set it aside as {target}"
+    return f"set it aside as {target} (no cache of ours: keep it, or delete it; it counts to no limit)"
+
+
+def is_ours(directory: str | Path) -> bool:
+    """Return whether a directory holds an environment (or what is left of one) and nothing else."""
+    names = {DATA_FILE, LOCK_FILE, STAMP_FILE, f"{STAMP_FILE}.tmp"}
+    path = Path(directory, DATA_FILE)
+    try:
+        if Path(directory).is_symlink() or not names.issuperset(os.listdir(directory)):
+            return False
+        if not os.path.lexists(path):
+            return True
+        if path.is_symlink() or not path.is_file():
+            return False
+        with path.open("rb") as file:
+            head = file.read(128 << 10)
+    except OSError:
+        return False
+    places = (0, 4096, 8192, 16384, 32768, 65536)  # the two meta pages, whatever the page size is
+    return not head or any(
+        struct.unpack_from("=I", head, at + 16)[0] == _LMDB_MAGIC for at in places if at + 20 <= len(head)
+    )
 
 
 def _number(name: str) -> int:
@@ -207,8 +243,22 @@ def allocated_bytes(directory: str) -> int:
 
 
 def remove_leftovers(directory: str) -> None:
-    """Remove what a process that died while it made the tier smaller left behind."""
-    shutil.rmtree(f"{directory}{FORMER_SUFFIX}", ignore_errors=True)
+    """Remove, in the background, environments of ours that lie beside the tier and count to no limit: what was to be
+    deleted when a process died, and what earlier versions have set aside.
+    """
+    parent, base = os.path.split(directory)
+    beside = [
+        *Path(parent).glob(f"{base}{GONE_SUFFIX}*"),
+        *filter(is_ours, Path(parent).glob(f"{base}{ASIDE_SUFFIX}*")),
+    ]
+    if beside:
+        threading.Thread(target=_remove_all, args=(beside,), name="tier-remover", daemon=True).start()
+
+
+def _remove_all(paths: list[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)
+        log.info("deleted %s", path)
 
 
 def structure_flaw(directory: str) -> str:

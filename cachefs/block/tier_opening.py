@@ -19,12 +19,14 @@ from cachefs import errors
 from cachefs.block import tier_files
 from cachefs.block.codec import Bytes
 from cachefs.block.ledger import PAGE_SIZE, Ledger, value_cost
-from cachefs.block.lmdb_env import BlockEnvironment
+from cachefs.block.lmdb_env import BlockEnvironment, stored_block_size
 from cachefs.types import BlockKey, Tier
 
 log = logging.getLogger(__name__)
 
 ANY_SIZE = 1 << 40
+LEAST_BLOCKS = 16
+"""A tier with room for fewer is of no use (`cachefs.cli.load` refuses it)."""
 TAKE_OVER_S = 20.0
 
 
@@ -52,7 +54,7 @@ def open_tier(
     for last in (False, True):
         try:
             os.makedirs(directory, mode=0o700, exist_ok=True)
-            tier_files.remove_leftovers(directory)
+            _remove_leftovers(directory, tier)
             oversized = _inspect(directory, map_size, unusable)
             if oversized and tier is Tier.SHM:
                 raise errors.CorruptBlock("it is larger than the limit now is")
@@ -69,6 +71,26 @@ def open_tier(
     raise AssertionError("the second try returns or raises")
 
 
+def settled_block_size(directory: str, wanted: int, limit_bytes: int) -> int:
+    """Return the size of the blocks that `open_tier` would take over from `directory`, `wanted` when there are none.
+
+    Blocks of another size than `wanted` are good blocks: a cache that was filled for hours is not thrown away for an
+    option. They are not kept when the limit is too small for them.
+    """
+    try:
+        meta = tier_files.read_meta(directory)
+        if meta is None:
+            return wanted
+        if tier_files.distrust(directory, meta, tier_files.Stamp.load(directory)) and tier_files.structure_flaw(
+            directory
+        ):
+            return wanted
+        found = stored_block_size(directory)
+    except (errors.CorruptBlock, errors.TierUnavailable, OSError):
+        return wanted  # whoever opens it says why
+    return found if found and found & (found - 1) == 0 and LEAST_BLOCKS * found <= limit_bytes else wanted
+
+
 def _inspect(directory: str, map_size: int, unusable: str) -> bool:
     """Return whether the environment is larger than `map_size`. Raises CorruptBlock when it must not be mapped."""
     meta = tier_files.read_meta(directory)
@@ -83,6 +105,12 @@ def _inspect(directory: str, map_size: int, unusable: str) -> bool:
     if flaw:
         raise errors.CorruptBlock(flaw)
     return max((meta.last_page + 1) * PAGE_SIZE, tier_files.allocated_bytes(directory)) > map_size + PAGE_SIZE
+
+
+def _remove_leftovers(directory: str, tier: Tier) -> None:
+    shutil.rmtree(f"{directory}{tier_files.FORMER_SUFFIX}", ignore_errors=True)
+    if tier is Tier.DISK:
+        tier_files.remove_leftovers(directory)
 
 
 def _make_former(directory: str, block_size: int) -> BlockEnvironment:
@@ -109,7 +137,11 @@ def _attach(
 
 def _discard(directory: str, tier: Tier, flaw: str) -> None:
     try:
-        done = tier_files.remove_or_set_aside(directory, keep=tier is Tier.DISK)
+        if tier is Tier.DISK:
+            done = tier_files.take_away(directory)
+        else:  # beside it is a place for all, and what would be kept there is memory
+            tier_files.remove(directory)
+            done = "removed it"
     except OSError as error:
         raise errors.TierUnavailable(f"{directory} can neither be used ({flaw}) nor moved: {error}") from error
     log.warning("the %s tier in %s cannot be used (%s): %s and began anew", tier, directory, flaw, done)

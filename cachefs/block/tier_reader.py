@@ -5,6 +5,10 @@ reader of 4 KiB in a block of 1 MiB that is 256 pages for one: 6 us of 8. So the
 (first page and length, written by `cachefs.block.lmdb_env` in the same transaction as the value) and slices the value
 out of a memory map of its own. The open read transaction is what keeps the pages from being reused, whichever map they
 are seen through.
+
+A snapshot that LMDB refuses (all reader slots taken, our slot cleared by somebody who took us for dead) is one in which
+nothing is found: the reader asks the agent, which reads through its own environment. Counted, and warned of once a
+minute.
 """
 
 from __future__ import annotations
@@ -18,9 +22,11 @@ import lmdb
 
 from cachefs import errors
 from cachefs.block import codec, tier_files
+from cachefs.block.faults import Faults
 from cachefs.block.ledger import PAGE_HEADER, PAGE_SIZE
 from cachefs.block.lmdb_env import FORMAT, INDEX, PINNED, file_identity
-from cachefs.types import BlockKey
+from cachefs.metrics import Counters
+from cachefs.types import BlockKey, Tier
 
 READER_MAP_BYTES = 1 << 40
 """LMDB's own map is far larger than the file, so that it never has to follow when the writer's map grows."""
@@ -38,14 +44,20 @@ class _Opened(NamedTuple):
 
 
 class Snapshot:
-    """A read transaction, to be used with `with`. Keep it short: pages that it can see are not reused."""
+    """A read transaction, to be used with `with`. Keep it short: pages that it can see are not reused.
+
+    Raises TierUnavailable when it cannot be begun.
+    """
 
     __slots__ = ("_opened", "_reader", "_txn")
 
     def __init__(self, reader: TierReader, opened: _Opened) -> None:
         self._reader = reader
         self._opened = opened
-        self._txn = opened.env.begin(db=opened.places, buffers=True)
+        try:
+            self._txn = opened.env.begin(db=opened.places, buffers=True)
+        except lmdb.Error as error:
+            raise errors.TierUnavailable(f"no read transaction: {error}") from error
 
     def __enter__(self) -> Snapshot:
         return self
@@ -56,31 +68,57 @@ class Snapshot:
     def get(self, key: bytes) -> memoryview | None:
         """Return a stored value (`codec.HEADER_SIZE` bytes of header, then the block) as a view of the map, or None.
 
-        The view is valid until the snapshot ends.
+        The view is valid until the snapshot ends. What cannot be looked up is not there: never raises.
         """
-        record = self._txn.get(key)
-        if record is None:
+        try:
+            record = self._txn.get(key)
+            if record is None:
+                return None
+            page, length = _RECORD.unpack(record)
+            start = page * PAGE_SIZE + PAGE_HEADER
+            view = self._opened.view
+            if page and start + length <= len(view):
+                return view[start : start + length]
+            if page:
+                self._opened = self._reader.follow(self._opened)  # the file has grown
+                if start + length <= len(self._opened.view):
+                    return self._opened.view[start : start + length]
+            return self._txn.get(key, db=self._opened.blocks)
+        except (lmdb.Error, struct.error) as error:
+            self._reader.faults.fault(errors.TierUnavailable(f"block {key.hex()} cannot be looked up: {error}"))
             return None
-        page, length = _RECORD.unpack(record)
-        start = page * PAGE_SIZE + PAGE_HEADER
-        view = self._opened.view
-        if page and start + length <= len(view):
-            return view[start : start + length]
-        if page:
-            self._opened = self._reader.follow(self._opened)  # the file has grown
-            if start + length <= len(self._opened.view):
-                return self._opened.view[start : start + length]
-        return self._txn.get(key, db=self._opened.blocks)
+
+
+class _NoSnapshot(Snapshot):
+    """Stands for a read transaction that could not be begun: nothing is found in it."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        """It has nothing to open."""
+
+    def __exit__(self, *exc: object) -> None:
+        """It has nothing to end."""
+
+    def get(self, key: bytes) -> memoryview | None:
+        """Return None for every key."""
+        return None
+
+
+_NOTHING = _NoSnapshot()
 
 
 class TierReader:
     """A tier as another process sees it. Any number of threads may use one."""
 
-    def __init__(self, directory: str, block_size: int | None = None) -> None:
+    def __init__(self, directory: str, block_size: int | None = None, counters: Counters | None = None) -> None:
         """Open the environment in `directory`. Raises TierUnavailable when there is none that can be read, or (with
         `block_size`) one whose blocks have another size: block 1 of it would be other bytes of the object.
+
+        `counters` get the snapshots and look-ups that failed (`shm_faults`).
         """
         self.directory = directory
+        self.faults = Faults(f"the tier in {directory}", Tier.SHM, counters if counters is not None else Counters())
         self._block_size = block_size
         self._opened = self._open()
 
@@ -122,8 +160,12 @@ class TierReader:
             return memoryview(mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED, mmap.PROT_READ))
 
     def snapshot(self) -> Snapshot:
-        """Begin a read transaction."""
-        return Snapshot(self, self._opened)
+        """Begin a read transaction. Never raises: where none can be begun, nothing is found."""
+        try:
+            return Snapshot(self, self._opened)
+        except errors.TierUnavailable as error:
+            self.faults.fault(error)
+            return _NOTHING
 
     def follow(self, opened: _Opened) -> _Opened:
         """Map the whole of a file that has grown; returns `opened` as it is when its file is not there any more."""

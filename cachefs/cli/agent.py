@@ -11,20 +11,24 @@ from typing import Any
 
 import click
 
-from cachefs.cli.load import load_config
+from cachefs.cli.load import load
 from cachefs.cli.options import CONFIG_PARAMETER, config_options
 from cachefs.logs import configure
+
+log = logging.getLogger(__name__)
 
 
 @click.command()
 @config_options("cache", "log")
 def agent(**options: Any) -> None:
     """Run the agent of --cache-dir in the foreground until SIGTERM."""
-    config = load_config(options, os.environ, options[CONFIG_PARAMETER])
-    configure(config.log, "agent")
+    loaded = load(options, os.environ, options[CONFIG_PARAMETER])
+    configure(loaded.config.log, "agent")
+    for notice in loaded.notices:
+        log.info("%s", notice)
 
     from cachefs.agent.main import run  # imports trio: not before the options are known to be good
 
-    run(config.cache)
+    run(loaded.config.cache, log_file=loaded.config.log.log_file)
     logging.shutdown()
     os._exit(0)  # threads that still wait for a slow store must not keep a finished agent alive

@@ -20,8 +20,9 @@ from pathlib import Path
 
 from cachefs import runtime
 from cachefs.cli import output
-from cachefs.cli.load import MIN_MEMORY_BYTES, nearest_key, validate
+from cachefs.cli.load import Loaded, nearest_key, validate
 from cachefs.cli.options import ENVIRONMENT_PREFIX, SETTINGS
+from cachefs.cli.room import disk_room_bytes, memory_bytes, used_bytes
 from cachefs.cli.status import is_running
 from cachefs.config import Config, LowLatency
 from cachefs.errors import ConfigError
@@ -68,6 +69,13 @@ def check_configuration(config: Config) -> Iterator[Check]:
         yield Check("configuration", FAIL, str(error), "change this option, variable or key")
     else:
         yield Check("configuration", OK, "all values can be used")
+
+
+def check_sizes(loaded: Loaded) -> Iterator[Check]:
+    """What the tiers have by default here, where it is less than elsewhere."""
+    for notice in loaded.notices:
+        is_off = "tier is off" in notice
+        yield Check("default size", WARN if is_off else OK, notice, "enlarge it, or give the size" if is_off else "")
 
 
 def check_variables(environment: dict[str, str]) -> Iterator[Check]:
@@ -187,11 +195,11 @@ def check_shm(config: Config) -> Iterator[Check]:
     """The tmpfs of the shm tier."""
     cache = config.cache
     if not cache.shm_size_bytes:
-        yield Check("shm tier", WARN, "switched off with --shm-size 0: every read is answered from the disk tier")
+        yield Check("shm tier", WARN, "it is off (--shm-size): every read is answered from the disk tier or the store")
         return
     stat = os.statvfs(cache.shm_dir)
     total, free = stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize
-    free += _used_bytes(Path(runtime.shm_directory(cache.shm_dir, cache.cache_dir, os.getuid())))
+    free += used_bytes(Path(runtime.shm_directory(cache.shm_dir, cache.cache_dir, os.getuid())))
     wanted = output.size(cache.shm_size_bytes)
     remedy = f"use a smaller --shm-size, or: mount -o remount,size=... {cache.shm_dir}"
     kind = file_system_of(cache.shm_dir)
@@ -206,24 +214,11 @@ def check_shm(config: Config) -> Iterator[Check]:
         yield Check("shm tier", OK, f"{wanted} fit into {cache.shm_dir} ({output.size(total)})")
 
 
-def _used_bytes(directory: Path) -> int:
-    """Return what a tier has taken already: it does not need that much again."""
-    used = 0
-    for path in directory.rglob("*"):
-        try:
-            used += path.lstat().st_blocks * 512
-        except OSError:
-            continue  # removed meanwhile
-    return used
-
-
 def check_memory(config: Config) -> Iterator[Check]:
     """What the node has to have for tier, agent and one mount. A container's limit counts tmpfs pages as well."""
     cache = config.cache
-    needed = cache.shm_size_bytes + max(cache.memory_limit_bytes, MIN_MEMORY_BYTES) + WORKER_BYTES
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = cgroup_limit()
-    have, whose = (limit, "this container") if limit is not None and limit < total else (total, "this machine")
+    needed = cache.shm_size_bytes + cache.memory_limit_bytes + WORKER_BYTES
+    have, whose = memory_bytes()
     text = f"{output.size(needed)} needed with a full shm tier and one mount, {output.size(have)} in {whose}"
     if needed > have:
         yield Check("memory", FAIL, text, "use a smaller --shm-size or --memory-limit")
@@ -231,30 +226,6 @@ def check_memory(config: Config) -> Iterator[Check]:
         yield Check("memory", WARN, f"{text}: little is left for anybody else", "use a smaller --shm-size")
     else:
         yield Check("memory", OK, text)
-
-
-def cgroup_limit(root: str = "/sys/fs/cgroup", membership: str = "/proc/self/cgroup") -> int | None:
-    """Return the memory limit of this process's control group (v2 or v1), or None without one."""
-    try:
-        lines = Path(membership).read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return None
-    limits = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        base = Path(root) if not controllers else Path(root, "memory")
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        # a parent's limit holds as well; inside a container only the root of the hierarchy may be visible
-        for directory in (base / path.lstrip("/"), *(base / path.lstrip("/")).parents):
-            for name in ("memory.max", "memory.limit_in_bytes"):
-                try:
-                    limits.append(int((directory / name).read_text(encoding="ascii")))
-                except (OSError, ValueError):
-                    continue  # not there, or "max"
-            if directory == base:
-                break
-    return min(limits, default=None)
 
 
 def check_cache_directory(config: Config) -> Iterator[Check]:
@@ -278,8 +249,7 @@ def check_cache_directory(config: Config) -> Iterator[Check]:
         yield Check("cache directory", WARN, f"{directory} is on {kind} ({what})", "use --cache-dir on a local disk")
     else:
         yield Check("cache directory", OK, f"{directory} is on {kind} and can be written")
-    stat = os.statvfs(existing)
-    room = stat.f_bavail * stat.f_frsize + _used_bytes(directory)
+    room = disk_room_bytes(directory)
     if cache.cache_size_bytes > room:
         text = f"--cache-size {output.size(cache.cache_size_bytes)}, but there is room for {output.size(room)}"
         yield Check(
@@ -293,15 +263,19 @@ def check_runtime_directory(config: Config) -> Iterator[Check]:
     """Sockets and state files have to go somewhere."""
     directory = Path(config.cache.runtime_dir)
     existing = next(path for path in (directory, *directory.parents) if path.exists())
-    # the longest name below it is agents/<16>.sock.new; the address of a unix socket has 107 bytes
-    if len(os.fsencode(directory)) > 74:
+    if len(os.fsencode(directory)) > runtime.MAX_PATH_BYTES:
         yield Check("runtime directory", FAIL, f"{directory} is too long for a socket", "use a shorter --runtime-dir")
     elif not os.access(existing, os.W_OK | os.X_OK):
         yield Check("runtime directory", FAIL, f"cannot write to {existing}", "use --runtime-dir")
-    elif directory.exists() and directory.stat().st_uid not in (os.getuid(), 0):
-        yield Check("runtime directory", FAIL, f"{directory} belongs to somebody else", "use --runtime-dir")
     else:
-        yield Check("runtime directory", OK, f"{directory}")
+        try:
+            runtime.check_own(directory, sticky=True)
+        except runtime.NotOurs as error:
+            yield Check("runtime directory", FAIL, str(error), "use --runtime-dir")
+        except FileNotFoundError:
+            yield Check("runtime directory", OK, f"{directory} (made when something is mounted)")
+        else:
+            yield Check("runtime directory", OK, f"{directory}")
 
 
 def file_system_of(path: str) -> str:

@@ -21,8 +21,8 @@ import click
 
 import cachefs
 from cachefs.cli import output
-from cachefs.cli.checks import FAIL, OK, WARN, Check, run_host_checks
-from cachefs.cli.load import build_config
+from cachefs.cli.checks import FAIL, OK, WARN, Check, check_sizes, run_host_checks
+from cachefs.cli.load import Loaded, build, fitted
 from cachefs.cli.options import CONFIG_PARAMETER, config_options
 from cachefs.config import S3Config
 from cachefs.errors import (
@@ -48,9 +48,9 @@ def doctor(source: str | None, *, as_json: bool, **options: Any) -> int:
     Exit code 1 if something will not work.
     """
     environment = dict(os.environ)
-    config = build_config({**options, "source": source}, environment, options[CONFIG_PARAMETER])
+    loaded = fitted(build({**options, "source": source}, environment, options[CONFIG_PARAMETER]))
     found: list[Check] = []
-    for check in _all_checks(config, environment):
+    for check in _all_checks(loaded, environment):
         found.append(check)
         if not as_json:  # one by one: a store that does not answer takes its time
             click.echo("\n".join(render(check)))
@@ -82,9 +82,10 @@ def render(check: Check) -> list[str]:
     return lines
 
 
-def _all_checks(config: Any, environment: dict[str, str]) -> Iterator[Check]:
-    yield from run_host_checks(config, environment)
-    yield from run_store_checks(config.s3, environment)
+def _all_checks(loaded: Loaded, environment: dict[str, str]) -> Iterator[Check]:
+    yield from check_sizes(loaded)
+    yield from run_host_checks(loaded.config, environment)
+    yield from run_store_checks(loaded.config.s3, environment)
 
 
 # -- the store --------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Builds the one `Config` from options, environment and file, and refuses what cannot work.
 
-Order: option > ``CACHEFS_...`` variable > file > variable of the AWS tools > default. `build_config` merges and fills
-in the directories, `validate` refuses; `load_config` does both and is what commands call. Nothing is clamped: a value
-is used as it was written, or the command ends with one line that names it.
+Order: option > ``CACHEFS_...`` variable > file > variable of the AWS tools > default. `build` merges and fills in the
+directories, `cachefs.cli.room` finds sizes for tiers that nobody gave one, `validate` refuses; `load` does all of it
+and is what commands call. Nothing is clamped: a value is used as it was written, or the command ends with one line that
+names it.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ import re
 import tomllib
 import typing
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cachefs import runtime
+from cachefs.block.budget import least_limit
+from cachefs.cli import room
 from cachefs.cli.options import (
     CONFIG_PARAMETER,
     ENVIRONMENT_PREFIX,
@@ -30,7 +34,7 @@ from cachefs.cli.options import (
     parse_typed,
     render_size,
 )
-from cachefs.config import KIB, MIB, Addressing, CacheConfig, Config, FuseConfig, S3Config
+from cachefs.config import GIB, KIB, MIB, Addressing, CacheConfig, Config, FuseConfig, S3Config
 from cachefs.errors import ConfigError
 
 FALLBACKS: dict[str, tuple[str, ...]] = {
@@ -42,28 +46,58 @@ FALLBACKS: dict[str, tuple[str, ...]] = {
 """Variables of the AWS tools that fill a setting which nothing else sets."""
 
 MIN_BLOCK_BYTES, MAX_BLOCK_BYTES = 64 * KIB, 16 * MIB
-MIN_MEMORY_BYTES = 128 * MIB
+MIN_HANG_S = 2.0
+"""Below this a busy machine would look like a hanging process."""
+MAX_READ_AHEAD_BYTES = GIB
+MAX_ID = (1 << 32) - 2
 LOG_LEVELS = ("debug", "info", "warning", "error")
 _PATHS = ("cache_dir", "runtime_dir", "shm_dir", "ca_bundle", "log_file")
 _MAX_FILE_BYTES = MIB
 
 
-def load_config(
-    options: Mapping[str, object], environment: Mapping[str, str], config_file: str | None = None
-) -> Config:
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A configuration, and what is to be said about it."""
+
+    config: Config
+    given: frozenset[str]
+    """Fields that somebody wrote somewhere; all others are defaults."""
+    notices: tuple[str, ...] = ()
+    """Defaults that are smaller here than elsewhere."""
+
+
+def load(options: Mapping[str, object], environment: Mapping[str, str], config_file: str | None = None) -> Loaded:
     """Return the complete, validated configuration.
 
     `options` maps names of settings (field or key) to values, parsed or still text; None means "not given". Without
     `config_file` the variable CACHEFS_CONFIG may name one. Raises ConfigError.
     """
-    config = build_config(options, environment, config_file)
-    validate(config)
-    return config
+    loaded = fitted(build(options, environment, config_file))
+    validate(loaded.config)
+    return loaded
+
+
+def load_config(
+    options: Mapping[str, object], environment: Mapping[str, str], config_file: str | None = None
+) -> Config:
+    """Return the configuration of `load` alone."""
+    return load(options, environment, config_file).config
+
+
+def fitted(loaded: Loaded) -> Loaded:
+    """Return it with sizes of tiers that fit, where nobody gave any."""
+    cache, notices = room.fit(loaded.config.cache, loaded.given)
+    return Loaded(dataclasses.replace(loaded.config, cache=cache), loaded.given, notices)
 
 
 def build_config(
     options: Mapping[str, object], environment: Mapping[str, str], config_file: str | None = None
 ) -> Config:
+    """Return the configuration of `build` alone."""
+    return build(options, environment, config_file).config
+
+
+def build(options: Mapping[str, object], environment: Mapping[str, str], config_file: str | None = None) -> Loaded:
     """Merge all sources and fill in default directories; values are read but not yet checked. Raises ConfigError."""
     file_name = config_file or environment.get(f"{ENVIRONMENT_PREFIX}CONFIG") or None
     values: dict[str, Any] = {}
@@ -71,13 +105,14 @@ def build_config(
         values.update(layer)
     for name, value in _from_aws_environment(environment, values).items():
         values.setdefault(name, value)
+    given = frozenset(values)
     _fill_directories(values, environment)
     sections: dict[str, dict[str, Any]] = {f.name: {} for f in dataclasses.fields(Config)}
     for setting in SETTINGS:
         if setting.field in values:
             sections[setting.section][setting.field] = values[setting.field]
     kinds = typing.get_type_hints(Config)
-    return Config(**{name: kinds[name](**fields) for name, fields in sections.items()})
+    return Loaded(Config(**{name: kinds[name](**fields) for name, fields in sections.items()}), given)
 
 
 # -- where values come from ------------------------------------------------------------------------
@@ -255,10 +290,13 @@ def _validate_cache(cache: CacheConfig) -> None:
     size = cache.block_size_bytes
     if size & (size - 1) or not MIN_BLOCK_BYTES <= size <= MAX_BLOCK_BYTES:
         raise ConfigError(f"--block-size {render_size(size)}: must be a power of two from 64KiB to 16MiB")
-    if cache.memory_limit_bytes < MIN_MEMORY_BYTES:
-        raise ConfigError(f"--memory-limit {render_size(cache.memory_limit_bytes)}: must be at least 128MiB")
+    if cache.memory_limit_bytes < least_limit(size):
+        raise ConfigError(
+            f"--memory-limit {render_size(cache.memory_limit_bytes)}: must be at least "
+            f"{render_size(least_limit(size))} with blocks of {render_size(size)}"
+        )
     for key, tier_bytes in (("cache-size", cache.cache_size_bytes), ("shm-size", cache.shm_size_bytes)):
-        least = max(16 * size, 16 * MIB)
+        least = room.least_tier_bytes(size)
         if 0 < tier_bytes < least:
             raise ConfigError(
                 f"--{key} {render_size(tier_bytes)}: must be at least {render_size(least)} (16 blocks), "
@@ -266,6 +304,10 @@ def _validate_cache(cache: CacheConfig) -> None:
             )
     if os.path.exists(cache.cache_dir) and not os.path.isdir(cache.cache_dir):
         raise ConfigError(f"--cache-dir {cache.cache_dir}: is not a directory")
+    if len(os.fsencode(cache.runtime_dir)) > runtime.MAX_PATH_BYTES:
+        raise ConfigError(
+            f"--runtime-dir {cache.runtime_dir}: at most {runtime.MAX_PATH_BYTES} bytes, for the sockets in it"
+        )
     if cache.shm_size_bytes:
         _validate_shm(cache)
 
@@ -290,9 +332,15 @@ def _validate_shm(cache: CacheConfig) -> None:
 def _validate_fuse(fuse: FuseConfig) -> None:
     if not fuse.read_only:
         raise ConfigError("--no-read-only: writing is not offered yet; mount with --read-only")
+    if fuse.hang_timeout_s < MIN_HANG_S:
+        raise ConfigError(f"--hang-timeout {fuse.hang_timeout_s:g}s: must be at least {MIN_HANG_S:g}s")
     for key, number in (("uid", fuse.uid), ("gid", fuse.gid)):
-        if not -1 <= number < 1 << 32:
-            raise ConfigError(f"--{key} {number}: must be between 0 and 4294967295, or -1 for whoever mounts")
+        if not -1 <= number <= MAX_ID:  # the number above that means "nobody" to the kernel
+            raise ConfigError(f"--{key} {number}: must be between 0 and {MAX_ID}, or -1 for whoever mounts")
+    if fuse.read_ahead_bytes > MAX_READ_AHEAD_BYTES:
+        raise ConfigError(
+            f"--read-ahead {render_size(fuse.read_ahead_bytes)}: must be at most {render_size(MAX_READ_AHEAD_BYTES)}"
+        )
     for key, mode in (("file-mode", fuse.file_mode), ("dir-mode", fuse.dir_mode)):
         if mode > 0o777:
             raise ConfigError(f"--{key} {mode:04o}: set-user-id, set-group-id and sticky bits are not offered")

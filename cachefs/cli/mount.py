@@ -8,15 +8,17 @@ itself when idle).
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
 
 import cachefs
-from cachefs.cli.load import build_config, load_config
+from cachefs.cli.load import Loaded, build_config, load
 from cachefs.cli.mount_options import MountWords, merged_environment, parse_words
 from cachefs.cli.options import CONFIG_PARAMETER, config_options
 from cachefs.cli.output import plain
@@ -41,7 +43,6 @@ def mount_volume(
 
     Raises CachefsError with one line for a person; `notify` gets lines about what was done besides.
     """
-    from cachefs.agent.launch import check_volume
     from cachefs.mount import kernel, launch
     from cachefs.mount.mountpoint import claimed, prepare_mountpoint
 
@@ -49,11 +50,13 @@ def mount_volume(
         raise UsageError(f"'{source}' is not a source: write s3://BUCKET[/PREFIX] or file://DIRECTORY")
     environment = merged_environment(environment, words)
     given = {**words.settings, **{name: value for name, value in options.items() if value is not None}}
-    config = load_config({**given, "source": source}, environment, config_file)
-    try:
-        runtime = RuntimeDir(config.cache.runtime_dir)
-    except OSError as error:
-        raise MountError(f"--runtime-dir {config.cache.runtime_dir}: {error.strerror or error}") from error
+    loaded = load({**given, "source": source}, environment, config_file or words.config_file or None)
+    config = loaded.config
+    if words.remount:
+        from cachefs.cli.remount import check_remount
+
+        return check_remount(source, mountpoint, loaded, set(given), words)
+    runtime = _make_runtime(config.cache.runtime_dir)
     place = prepare_mountpoint(mountpoint, runtime, nonempty=words.nonempty, notify=notify)
     with claimed(place, runtime):
         # again under the claim: another mount of the same directory may have come first
@@ -62,14 +65,38 @@ def mount_volume(
             kernel.check_rights()
         except kernel.MountFailure as error:
             raise MountError(error.text) from error
-        for notice in check_volume(config, environment, mount_id(place), place, sys.executable):
+        mounted_at_s = time.clock_gettime(time.CLOCK_BOOTTIME)  # one that nobody sets; no mount outlives a boot
+        for notice in (*loaded.notices, *_check_bucket(loaded, environment, place, mounted_at_s)):
             notify(notice)
-        plan = launch.make_plan(config, place, flags=words.flags)
+        plan = launch.make_plan(config, place, flags=words.flags, mounted_at_s=mounted_at_s)
         if not config.fuse.foreground:
             launch.start_detached(plan, environment, config.fuse.ready_timeout_s)
     if config.fuse.foreground:
         launch.become_supervisor(plan, environment)
     return config
+
+
+def _make_runtime(path: str) -> RuntimeDir:
+    try:
+        return RuntimeDir(path)
+    except OSError as error:
+        raise MountError(f"--runtime-dir {path}: {error.strerror or error}") from error
+
+
+def _check_bucket(loaded: Loaded, environment: Mapping[str, str], place: str, mounted_at_s: float) -> list[str]:
+    """Let the agent check the bucket, one of our own version if nobody needs another. Returns its notices."""
+    from cachefs.agent import launch, succession
+
+    config, given = loaded.config, loaded.given
+    check = functools.partial(
+        launch.check_volume, config, environment, mount_id(place), place, sys.executable, mounted_at_s, given
+    )
+    try:
+        return check()
+    except launch.OtherVersion:
+        plan = launch.AgentPlan(config.cache, config.log, sys.executable, environment)
+        succession.replace_unused(plan, config.fuse.ready_timeout_s)
+        return check()
 
 
 @click.command()
@@ -80,7 +107,8 @@ def mount_volume(
     "mount_words",
     multiple=True,
     metavar="NAME[=VALUE],...",
-    help="As in fstab: the options below without dashes, and ro, noexec, noatime, nonempty, env-file=FILE.",
+    help="As in fstab: the options below without dashes, and ro, noexec, noatime, nonempty, remount, config=FILE, "
+    "env-file=FILE.",
 )
 @config_options()
 def mount(source: str, mountpoint: str, mount_words: tuple[str, ...], **options: Any) -> None:
@@ -102,7 +130,7 @@ def mount(source: str, mountpoint: str, mount_words: tuple[str, ...], **options:
         environment=os.environ,
         notify=lambda line: click.echo(f"cachefs: {plain(line)}", err=True),
     )
-    click.echo(plain(f"{source} is mounted on {mountpoint}"))
+    click.echo(plain(f"{source} {'stays as it is' if words.remount else 'is mounted'} on {mountpoint}"))
 
 
 def _runtime(runtime_dir: str | None, config_file: str | None) -> RuntimeDir:
@@ -137,8 +165,10 @@ def upgrade(mountpoint: str, *, runtime_dir: str | None, config_file: str | None
     """Replace the worker of the mount at MOUNTPOINT by the version installed now, without unmounting.
 
     Readers wait for less than a second. Also leaves the state "failed" after repeated crashes. When the new worker
-    cannot start, the old one stays.
+    cannot start, the old one stays. An agent that the new version cannot talk to is replaced as well; otherwise agent
+    and supervisor stay as they are.
     """
+    from cachefs.cli.status import collect, version_remarks
     from cachefs.mount.control import ControlError, ask
     from cachefs.mount.mountinfo import canonical
 
@@ -154,3 +184,6 @@ def upgrade(mountpoint: str, *, runtime_dir: str | None, config_file: str | None
     if not reply.get("ok"):
         raise MountError(f"{place}: {reply.get('text')}")
     click.echo(plain(f"{place} is served by version {reply.get('version')}"))
+    for mount in collect(runtime.path, place)["mounts"]:
+        for remark in version_remarks(mount):
+            click.echo(remark)

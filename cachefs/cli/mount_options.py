@@ -1,8 +1,8 @@
 """Reads `-o NAME[=VALUE],...`, the way mount(8) and fstab write options.
 
 A name is either a setting of cachefs (`cache-size=50GiB`, also `cache_size`), one of the words of mount(8) that mean
-something here (ro, rw, noexec, noatime, nonempty, env-file), or a word of mount(8) that means something to others only.
-Anything else is refused: a misspelt option that is ignored would be found out months later.
+something here (`MountWords`), or a word of mount(8) that means something to others only. Anything else is
+refused: a misspelt option that is ignored would be found out months later.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ _FOR_OTHERS = frozenset(
         "defaults", "auto", "noauto", "user", "nouser", "users", "owner", "group", "_netdev", "nofail", "comment",
         "exec", "nosuid", "nodev", "suid", "dev", "async", "atime", "relatime", "norelatime", "nodiratime",
         "diratime", "sync", "dirsync", "silent", "strictatime", "lazytime", "nolazytime", "default_permissions",
-        "fsname", "subtype",
+        "fsname", "subtype", "user_id", "group_id", "rootmode", "fd", "max_read", "blksize",
     }
 )  # fmt: skip
-"""Ignored. Mounts are always nosuid, nodev and default_permissions, whatever fstab's defaults say of suid and dev."""
+"""Ignored; the last line stands in the mount table, from where mount(8) repeats it to remount. Mounts are always
+nosuid, nodev and default_permissions, whatever fstab's defaults say of suid and dev.
+"""
 _VARIABLE = re.compile(r"(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(.*)")
 _MAX_ENV_BYTES = 1 << 20
 
@@ -40,6 +42,9 @@ class MountWords:
     """Flags for mount(2): "noexec", "noatime"."""
     nonempty: bool = False
     env_file: str = ""
+    config_file: str = ""
+    remount: bool = False
+    """"remount" was given: change the options of a mount that is there."""
     wants_rw: bool = False
     """"rw" was given, and no "ro" after it."""
     unknown: list[str] = field(default_factory=list)
@@ -76,6 +81,12 @@ def _take_word(words: MountWords, name: str, value: str) -> bool:
         words.nonempty = True
     elif name in ("env-file", "env_file"):
         words.env_file = value
+    elif name == "config":
+        if not os.path.isabs(value):
+            raise ConfigError(f"-o config={value}: must be an absolute path")
+        words.config_file = value
+    elif name == "remount":
+        words.remount = True
     else:
         return name in _FOR_OTHERS or name.startswith(("x-", "X-"))
     return True

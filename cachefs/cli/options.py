@@ -252,7 +252,7 @@ def _help(setting: Setting) -> str:
     if setting.is_flag:
         return f"{setting.help} [default: {'yes' if setting.default else 'no'}]"
     shown = render(setting, setting.default)
-    return f"{setting.help} [default: {shown}]" if shown and "default" not in setting.help else setting.help
+    return f"{setting.help} [default: {shown}]" if shown and "(default" not in setting.help else setting.help
 
 
 def _click_options(setting: Setting) -> Iterable[Callable[[Any], Any]]:

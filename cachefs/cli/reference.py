@@ -42,14 +42,18 @@ given more than once, the first of these wins: **option, environment variable, f
 * **Times**: `250ms`, `60s`, `5m`, `1h`, `7d`, plain seconds, or `forever`.
 * **Modes**: octal, in a file as a string: `"0444"`.
 * **Yes or no**: `--allow-other` or `--no-allow-other`; `true` or `false` in a file or a variable.
-* **Mount options**: `-o cache-size=50GiB,allow-other` means the same as the options; fstab uses this form.
+* **Mount options**: `-o cache-size=50GiB,allow-other` means the same as the options; fstab uses this form, with
+  `config=FILE` for `--config`. `-o remount` succeeds when nothing would have to change; otherwise it says what.
 
-A value that cannot work is refused with one line and exit code 2; nothing is adjusted silently.
+A value that cannot work is refused with one line and exit code 2; what somebody wrote is never adjusted. Sizes of the
+tiers that nobody gave fit themselves to the machine or container: `cachefs mount` says so in one line each, and
+`cachefs doctor` shows them. A tier that would have less than 16 blocks, or less than 16 MiB, is off then.
 
 These variables of the AWS tools are used where neither option, `CACHEFS_` variable nor file says anything:
 {fallbacks}.
 Keys come from where all AWS tools take them: profile, `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`, web identity,
 instance role. They have no option on purpose: a command line can be read by every user of the machine.
+Files and services are asked again when their keys have changed or were refused; for other variables, mount again.
 """
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,14 @@ AGENT_TIMEOUT_S = 2.0
 TIERS = (Tier.SHM.value, Tier.DISK.value)
 
 MOUNT_KEYS = (
-    "mount_id", "mountpoint", "source", "version", "supervisor_pid", "worker_pid", "agent_pid", "state", "health",
-    "problems", "restarts", "last_crash", "started_at", "engine", "consistency", "log_file", "guard_held", "cache_dir",
-    "volume_id", "hit_ratio", "counters",
+    "mount_id", "mountpoint", "source", "version", "supervisor_version", "agent_version", "supervisor_pid",
+    "worker_pid", "agent_pid", "state", "health", "problems", "restarts", "last_crash", "started_at", "engine",
+    "consistency", "log_file", "guard_held", "cache_dir", "volume_id", "hit_ratio", "counters",
 )  # fmt: skip
 """Keys of one element of "mounts"."""
 AGENT_KEYS = (
-    "agent_pid", "version", "cache_dir", "socket", "uptime_s", "rss_anon_bytes", "memory_limit_bytes", "tiers", "fills",
-    "counters", "mount_ids", "volumes",
+    "agent_pid", "version", "cache_dir", "log_file", "socket", "uptime_s", "block_size_bytes", "rss_anon_bytes",
+    "memory_limit_bytes", "tiers", "fills", "counters", "mount_ids", "volumes",
 )  # fmt: skip
 """Keys of one element of "agents"."""
 
@@ -124,6 +124,7 @@ def describe_mount(state: Mapping[str, Any], replies: Mapping[str, Mapping[str, 
     described = {key: state.get(key) for key in MOUNT_KEYS}
     if reply is not None:
         described["agent_pid"] = reply.get("agent_pid", described["agent_pid"])
+    described["agent_version"] = reply.get("version") if reply is not None else None
     described["health"], described["problems"] = _health(state, reply)
     described["restarts"] = state.get("restarts") or 0
     described["volume_id"] = serving.get("volume_id")
@@ -178,11 +179,23 @@ def _health(state: Mapping[str, Any], reply: Mapping[str, Any] | None) -> tuple[
     if reply is None:
         problems.append("its agent does not answer; the worker starts another when it needs one")
     else:
-        for name in TIERS:
-            tier = reply.get("tiers", {}).get(name, {})
-            if tier.get("limit_bytes") and tier.get("state", "on") != "on":
-                problems.append(f"the {name} tier is {tier['state']}, so other sources serve; the agent's log says why")
+        problems += _agent_problems(reply, reply.get("mounts", {}).get(state.get("mount_id"), {}).get("volume_id"))
     return ("degraded" if problems else "ok"), problems
+
+
+def _agent_problems(reply: Mapping[str, Any], volume_id: object) -> Iterator[str]:
+    """Yield what is wrong with the store of a volume, and with the tiers."""
+    origin = reply.get("volumes", {}).get(volume_id, {}).get("origin", {})
+    if origin.get("failing"):
+        yield (
+            f"the store has not answered for {_age(origin.get('since'))}, {output.count(origin.get('failures', 0))} "
+            f"requests failed in a row, so only what is cached can be read; the last: {origin.get('last_error')}"
+        )
+    for name in TIERS:
+        tier = reply.get("tiers", {}).get(name, {})
+        if tier.get("limit_bytes") and tier.get("state", "on") != "on":
+            why = tier.get("reason") or f"the agent's log says why: {reply.get('log_file') or 'it is its stderr'}"
+            yield f"the {name} tier is {tier['state']}, so other sources serve; {why}"
 
 
 def is_running(pid: object) -> bool:
@@ -243,6 +256,7 @@ def _mount_remarks(mount: Mapping[str, Any]) -> list[str]:
     guard = "on" if mount["guard_held"] else "off"
     name = output.plain(str(mount["mountpoint"]))
     lines = [f"  {name}: {numbers}; engine {mount['engine']}, consistency {mount['consistency']}, guard {guard}"]
+    lines += [f"  {name}: {remark}" for remark in version_remarks(mount)]
     lines += [f"  {name}: {output.plain(problem)}" for problem in mount["problems"]]
     if mount["problems"] and mount["log_file"]:
         lines.append(f"  {name}: log: {output.plain(mount['log_file'])}")
@@ -253,14 +267,30 @@ def _mount_remarks(mount: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def version_remarks(mount: Mapping[str, Any]) -> list[str]:
+    """Say which parts of a mount are of another version than its worker. None of that is a problem."""
+    own, remarks = mount.get("version"), []
+    if (agent := mount.get("agent_version")) not in (None, own):
+        remarks.append(
+            f"its worker is version {own}, its agent {agent}: that is replaced when nothing is mounted through it, "
+            f"or by `kill {mount['agent_pid']}`, which readers do not notice"
+        )
+    if (supervisor := mount.get("supervisor_version")) not in (None, own):
+        remarks.append(f"its worker is version {own}, its supervisor {supervisor} until it is mounted again")
+    return [output.plain(remark) for remark in remarks]
+
+
 def _agent_lines(agent: Mapping[str, Any]) -> list[str]:
     if agent["agent_pid"] is None:
         return [f"AGENT at {output.plain(agent['socket'])} does not answer"]
     memory, limit = agent["rss_anon_bytes"] or 0, agent["memory_limit_bytes"] or 0
     lines = [
         f"AGENT {agent['agent_pid']} of {output.plain(str(agent['cache_dir']))}: version {agent['version']}, "
-        f"up {output.elapsed(agent['uptime_s'] or 0)}, memory {output.size(memory)} of {output.size(limit)}"
+        f"up {output.elapsed(agent['uptime_s'] or 0)}, memory {output.size(memory)} of {output.size(limit)}, "
+        f"blocks of {output.size(agent['block_size_bytes'] or 0)}"
     ]
+    if agent["log_file"]:
+        lines.append(f"  log   {output.plain(agent['log_file'])}")
     for name, tier in agent["tiers"].items():
         used, most = output.size(tier.get("used_bytes") or 0), output.size(tier.get("limit_bytes") or 0)
         blocks = output.count(tier.get("blocks") or 0)

@@ -23,12 +23,13 @@ import logging
 import os
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Callable
 from typing import Protocol
 
 from cachefs.block.codec import HEADER_SIZE
-from cachefs.fuse.dirents import SMALLEST_ENTRY, pack_direntplus
+from cachefs.fuse.dirents import DOTDOT_COOKIE, SMALLEST_ENTRY, dots_behind, entry_before, pack_direntplus
 from cachefs.fuse.errno_map import to_errno
 from cachefs.fuse.interrupts import Interrupts
 from cachefs.fuse.protocol import (
@@ -49,13 +50,12 @@ from cachefs.fuse.protocol import (
 )
 from cachefs.types import Ino
 from cachefs.vfs.filesystem import XATTR_PREFIX, FileSystem
-from cachefs.vfs.reading import FileView
+from cachefs.vfs.reading import MAX_TOUCHED, FileView
 
 log = logging.getLogger(__name__)
 
 BUFFER_BYTES = (1 << 20) + (64 << 10)
 _INDEX = struct.Struct(">I")
-MAX_TOUCHED = 4096
 _GONE = frozenset({errno.ENOENT, errno.EINTR})
 """write(2) on the device: nobody waits for that answer any more."""
 _UNMOUNTED = frozenset({errno.ENODEV, errno.ECONNABORTED, errno.EBADF})
@@ -98,6 +98,8 @@ class Channel:
         """Set by the wake-up guard when it has gone to sleep: the next request wakes it."""
         self.requests = self.hits = self.hit_bytes = self.misses = self.miss_bytes = self.errors = 0
         self.touched: set[bytes] = set()
+        self._threads: tuple[threading.Thread, ...] = ()
+        self._seen = -1
         self._opened_generation: dict[int, int] = {}
         self._answers: dict[int, Callable[[int, int, memoryview, int], None]] = {
             Opcode.READ: self._read,
@@ -116,8 +118,25 @@ class Channel:
 
     def start(self) -> None:
         """Begin to take requests. The threads end when the mount does."""
-        threading.Thread(target=self._take_requests, name="channel-requests", daemon=True).start()
-        threading.Thread(target=self._carry_replies, name="channel-replies", daemon=True).start()
+        self._threads = (
+            threading.Thread(target=self._take_requests, name="channel-requests", daemon=True),
+            threading.Thread(target=self._carry_replies, name="channel-replies", daemon=True),
+        )
+        for thread in self._threads:
+            thread.start()
+
+    def moves(self) -> bool:
+        """Whether the requests thread waits for a request, or has taken one since this was asked last.
+
+        Costs a request nothing: it looks at where the thread is. One that waits for room in libfuse's socket is
+        excused, because who empties that socket is the event loop, and the event loop asks.
+        """
+        if not all(thread.is_alive() for thread in self._threads):
+            return False
+        frame = sys._current_frames().get(self._threads[0].ident or 0)
+        idle = frame is None or frame.f_code in _WAITING
+        before, self._seen = self._seen, self.requests
+        return idle or self._seen != before
 
     # -- the requests thread
     # --------------------------------------------------------------------------------------------
@@ -235,11 +254,12 @@ class Channel:
         """A listing that is known goes out from here; one that has to be made is libfuse's and the agent's business."""
         _, cookie, size = READ_IN.unpack_from(message, IN_HEADER_SIZE)
         limit = size // SMALLEST_ENTRY + 1
-        entries = self._filesystem.entries_known(Ino(ino), Ino(cookie) if cookie else None, limit)
+        entries = self._filesystem.entries_known(Ino(ino), entry_before(cookie), limit)
         if entries is None:
             self._forward(unique, message[:n])
             return
-        reply = pack_direntplus(entries, size)
+        dots = () if cookie > DOTDOT_COOKIE else dots_behind(cookie, Ino(ino), self._reads.names.inode(Ino(ino)))
+        reply = pack_direntplus(entries, size, dots)
         self._send(unique, (OUT_HEADER.pack(OUT_HEADER_SIZE + len(reply), 0, unique), reply))
 
     def _interrupt(self, unique: int, ino: int, message: memoryview, n: int) -> None:
@@ -302,3 +322,7 @@ class Channel:
                 return
             self.interrupts.done(OUT_HEADER.unpack_from(buffer)[2])
             self._write(view[:n])
+
+
+_WAITING = frozenset({Channel._take_requests.__code__, Channel._forward.__code__})
+"""Where the requests thread may be for long."""

@@ -6,6 +6,10 @@ message, but it sends that for ANY signal, also for the harmless ones that runti
 SIGURG), and most programs do not expect EINTR from a file. So a request is given up only when its caller has a
 SIGKILL pending, which is also how the kernel delivers every other fatal signal to the threads of a process
 (kernel/signal.c, complete_signal).
+
+Callers in a process namespace that we cannot see into (pods, when cachefs runs in another container) have the number 0,
+and nothing can be found out about them. A killed pod that hangs for as long as the store does is worse than an EINTR
+that comes of a harmless signal, so those get one when they still wait `UNSEEN_S` after the signal.
 """
 
 from __future__ import annotations
@@ -13,14 +17,21 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import trio
 
 from cachefs.fuse.protocol import error_reply
 from cachefs.runtime import process_alive
 
 SIGKILL_BIT = 1 << (9 - 1)
 POLL_S = 0.1
+UNSEEN_S = 2.0
+"""Most reads of a store that is well are over by then."""
 MAX_WAITING = 65536
+
+T = TypeVar("T")
 
 
 def is_dying(pid: int) -> bool:
@@ -45,7 +56,8 @@ class Interrupts:
     def __init__(self, write: Callable[[bytes], None]) -> None:
         self._write = write
         self._callers: dict[int, int] = {}
-        self._interrupted: dict[int, int] = {}
+        self._interrupted: dict[int, tuple[int, float]] = {}
+        """Caller, and when the kernel asked."""
         self._wake = threading.Event()
         self._started = False
 
@@ -62,9 +74,9 @@ class Interrupts:
     def add(self, unique: int) -> None:
         """The kernel asks to interrupt `unique`."""
         pid = self._callers.get(unique)
-        if not pid:  # answered already, or a caller in a process namespace that we can't see into
+        if pid is None:  # answered already
             return
-        self._interrupted[unique] = pid
+        self._interrupted[unique] = (pid, time.monotonic())
         if unique not in self._callers:  # answered by another thread meanwhile: nobody else would take it out again
             self._interrupted.pop(unique, None)
             return
@@ -78,8 +90,40 @@ class Interrupts:
             self._wake.wait()
             self._wake.clear()
             while self._interrupted:
-                for unique, pid in list(self._interrupted.items()):
-                    if is_dying(pid):
+                for unique, (pid, asked_at) in list(self._interrupted.items()):
+                    if is_dying(pid) if pid else time.monotonic() - asked_at > UNSEEN_S:
                         self.done(unique)
                         self._write(error_reply(unique, errno.EINTR))
                 time.sleep(POLL_S)
+
+
+class DyingCallers:
+    """The same for what trio serves without the channel (engine pyfuse3). Nobody shows us INTERRUPT there, so whoever
+    waits for long is looked at. INVARIANT: while a caller waits, one task watches.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[trio.CancelScope, int] = {}
+        self._watched = False
+
+    async def wait(self, pid: int, answer: Awaitable[T]) -> T:
+        """Return the answer. Raises InterruptedError when thread `pid` is killed before it comes."""
+        with trio.CancelScope() as scope:
+            if pid:  # 0: a caller in a process namespace that we can't see into
+                self._waiting[scope] = pid
+                if not self._watched:
+                    self._watched = True
+                    trio.lowlevel.spawn_system_task(self._watch)
+            try:
+                return await answer
+            finally:
+                self._waiting.pop(scope, None)
+        raise InterruptedError(errno.EINTR, "its caller is dying")
+
+    async def _watch(self) -> None:
+        while self._waiting:
+            await trio.sleep(POLL_S)
+            for scope, pid in list(self._waiting.items()):
+                if is_dying(pid):
+                    scope.cancel()
+        self._watched = False

@@ -10,12 +10,17 @@ from __future__ import annotations
 import errno
 import functools
 import logging
+import stat
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar, cast
 
 import pyfuse3
 
+from cachefs import errors
+from cachefs.fuse.dirents import DOTDOT_COOKIE, dots_behind, entry_before
 from cachefs.fuse.errno_map import to_errno
+from cachefs.fuse.interrupts import DyingCallers
+from cachefs.fuse.kernel_names import KernelNames
 from cachefs.metrics import FUSE_ERRORS, Counters
 from cachefs.types import Ino
 from cachefs.vfs.attributes import Attributes
@@ -71,11 +76,14 @@ class Operations(pyfuse3.Operations):
     enable_writeback_cache = False
     enable_acl = False
 
-    def __init__(self, filesystem: FileSystem, counters: Counters) -> None:
+    def __init__(self, filesystem: FileSystem, kernel_names: KernelNames, counters: Counters) -> None:
         super().__init__()
         self.filesystem = filesystem
+        self.kernel_names = kernel_names
         self.counters = counters
         self.takeover: Callable[[], None] | None = None
+        self.callers: DyingCallers | None = None
+        """Set with the takeover (engine pyfuse3); the channel watches over its callers itself."""
         self.requests = 0
         self.asleep = False
         """Set by the wake-up guard when it has gone to sleep (engine pyfuse3): the next request wakes it."""
@@ -84,7 +92,11 @@ class Operations(pyfuse3.Operations):
     @boundary
     async def lookup(self, parent_inode: Any, name: Any, ctx: Any) -> pyfuse3.EntryAttributes:
         """Answer LOOKUP; a name that does not exist is inode 0, which the kernel remembers for its time."""
-        attributes, valid_s = await self.filesystem.lookup(Ino(parent_inode), bytes(name))
+        asking = self.filesystem.lookup(Ino(parent_inode), bytes(name))
+        try:
+            attributes, valid_s = await (asking if self.callers is None else self.callers.wait(ctx.pid, asking))
+        except InterruptedError as error:
+            raise pyfuse3.FUSEError(errno.EINTR) from error
         entry = pyfuse3.EntryAttributes()
         if attributes is None:
             if valid_s <= 0:
@@ -108,6 +120,7 @@ class Operations(pyfuse3.Operations):
         if self.takeover is not None:
             takeover, self.takeover = self.takeover, None
             takeover()
+            self.callers = DyingCallers()
 
     @boundary
     async def opendir(self, inode: Any, ctx: Any) -> Any:
@@ -116,11 +129,16 @@ class Operations(pyfuse3.Operations):
 
     @boundary
     async def readdir(self, fh: Any, start_id: int, token: Any) -> None:
-        """Answer READDIRPLUS. The cookie of an entry is its inode number."""
+        """Answer READDIRPLUS. The cookie of an entry is its inode number (see `cachefs.fuse.dirents`)."""
         filesystem = self.filesystem
+        dentries = await filesystem.entries(Ino(fh), entry_before(start_id), begun=start_id > 0)
         entry = pyfuse3.EntryAttributes()
-        after = Ino(start_id) if start_id else None
-        dentries = await filesystem.entries(Ino(fh), after)
+        entry.st_mode = pyfuse3.ModeT(stat.S_IFDIR)
+        if start_id <= DOTDOT_COOKIE:
+            for cookie, ino, name in dots_behind(start_id, Ino(fh), filesystem.reads.names.inode(Ino(fh))):
+                entry.st_ino = pyfuse3.InodeT(ino)
+                if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), entry, cookie):
+                    return
         listed_s = filesystem.listed_s(Ino(fh))
         for dentry in dentries:
             attributes, valid_s = filesystem.of_dentry(dentry, listed_s)
@@ -141,7 +159,11 @@ class Operations(pyfuse3.Operations):
     @boundary
     async def read(self, fh: Any, off: int, size: int) -> bytes:
         """Answer READ (engine pyfuse3)."""
-        return await self.filesystem.read(Ino(fh), off, size)
+        try:
+            return await self.filesystem.read(Ino(fh), off, size)
+        except errors.StaleObject:
+            await self.kernel_names.let_go(Ino(fh))
+            raise
 
     @boundary
     async def release(self, fh: Any) -> None:
@@ -155,14 +177,14 @@ class Operations(pyfuse3.Operations):
     @boundary
     async def statfs(self, ctx: Any) -> pyfuse3.StatvfsData:
         """Answer STATFS."""
-        usage = await self.filesystem.usage()
-        stat = pyfuse3.StatvfsData()
-        stat.f_bsize = stat.f_frsize = usage.block_size
-        stat.f_blocks = usage.total_bytes // usage.block_size
-        stat.f_bfree = stat.f_bavail = usage.free_bytes // usage.block_size
-        stat.f_files, stat.f_ffree, stat.f_favail = usage.total_files, usage.free_files, usage.free_files
-        stat.f_namemax = 255
-        return stat
+        usage = self.filesystem.usage()
+        answer = pyfuse3.StatvfsData()
+        answer.f_bsize = answer.f_frsize = usage.block_size
+        answer.f_blocks = usage.total_bytes // usage.block_size
+        answer.f_bfree = answer.f_bavail = usage.free_bytes // usage.block_size
+        answer.f_files, answer.f_ffree, answer.f_favail = usage.total_files, usage.free_files, usage.free_files
+        answer.f_namemax = 255
+        return answer
 
     @boundary
     async def getxattr(self, inode: Any, name: Any, ctx: Any) -> bytes:

@@ -89,6 +89,7 @@ class Departure:
             self._abort()
             return
         self._terminating = True
+        self._state.update(state="unmounting")  # at once: an agent that was told to end as well looks who stays
         self._journal.info(f"{name}: unmounting {self._device.mountpoint}")
         try:
             held = self.take_away(lazy=False, force=False)

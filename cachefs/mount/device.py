@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 
 from cachefs.mount import kernel, mountinfo
+from cachefs.mount.journal import Journal
 
 
 class Device:
@@ -64,6 +65,13 @@ class Device:
         """Queue again what the last worker had taken. Raises OSError."""
         if self.can_resend:
             kernel.resend(self._held)
+
+    def set_read_ahead(self, size_bytes: int, journal: Journal) -> None:
+        """Let the kernel read ahead so far. Not being allowed to is no reason to fail."""
+        try:
+            kernel.set_read_ahead(self.identity, size_bytes)
+        except OSError as error:
+            journal.info(f"the kernel's read-ahead stays as it is ({error.strerror}): sequential reads may be slower")
 
     def is_connected(self) -> bool:
         """Return False when nothing can ever come from the kernel again."""

@@ -18,6 +18,8 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
 _PIPE_BUF = 4096
 """A pipe that is writable takes this much without blocking."""
 STDERR = 2
+MAX_LOG_BYTES, LOG_CHECK_S = 8 << 20, 60.0
+"""Most that a log of ours may grow to, and how often that is looked at."""
 
 
 class Journal:
@@ -118,7 +120,7 @@ def read_back(start: int, limit: int) -> bytes:
         os.close(descriptor)
 
 
-def shorten_stderr(limit_bytes: int, keep_bytes: int) -> None:
+def shorten_stderr(limit_bytes: int = MAX_LOG_BYTES, keep_bytes: int = MAX_LOG_BYTES // 8) -> None:
     """Drop all but the end of the file behind stderr when it is over `limit_bytes`.
 
     All writers append, so none of them notices; what is written between the two steps is lost.

@@ -1,7 +1,7 @@
 """The kernel's side of a mount: mount(2), umount2(2), /dev/fuse, and the few messages that a supervisor needs.
 
-Standard library only. Root (CAP_SYS_ADMIN) makes system calls; everybody else goes through the set-user-id program
-`fusermount3`, which hands over the opened device through a socket (_FUSE_COMMFD).
+Standard library only (`cachefs.fuse.protocol` is so too). Root (CAP_SYS_ADMIN) makes system calls; everybody else goes
+through the set-user-id program `fusermount3`, which hands over the opened device through a socket (_FUSE_COMMFD).
 
 Nothing in here opens, stats or lists anything below a mount point: with its worker dead, that would wait for ever.
 All failures are `MountFailure`, an OSError with a sentence for a person.
@@ -20,17 +20,10 @@ import struct
 import subprocess
 from typing import NamedTuple
 
+from cachefs.fuse.protocol import IN_HEADER, NOTIFY_RESEND, OUT_HEADER, UNANSWERED, Opcode, error_reply
+
 DEVICE = "/dev/fuse"
 FSTYPE = "fuse.cachefs"
-
-IN_HEADER = struct.Struct("<IIQQ")
-"""len, opcode, unique, nodeid: the head of every request."""
-OUT_HEADER = struct.Struct("<IiQ")
-"""len, error (0 or a negative errno; the code of a notification, which has unique 0), unique."""
-INIT = 26
-NOTIFY_RESEND = 7
-UNANSWERED = frozenset({2, 36, 41, 42})
-"""FORGET, INTERRUPT, NOTIFY_REPLY, BATCH_FORGET: the kernel expects no answer to these."""
 
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_NOATIME = 1, 2, 4, 8, 1024
 _MNT_FORCE, _MNT_DETACH, _UMOUNT_NOFOLLOW = 1, 2, 8
@@ -270,7 +263,7 @@ def supports_resend(release: str | None = None) -> bool:
 def read_init(device: int) -> bytes:
     """Read the first message of a new mount, which is INIT and already waits there. Raises MountFailure."""
     message = os.read(device, _INIT_BUFFER_BYTES)
-    if len(message) < IN_HEADER.size or IN_HEADER.unpack_from(message)[1] != INIT:
+    if len(message) < IN_HEADER.size or IN_HEADER.unpack_from(message)[1] != Opcode.INIT:
         raise MountFailure(
             errno.EPROTO, f"the first message of {DEVICE} is not INIT: this kernel speaks another protocol"
         )
@@ -341,7 +334,7 @@ class Refuser:
 
     def _refuse(self, unique: int) -> None:
         try:
-            os.write(self._device, OUT_HEADER.pack(OUT_HEADER.size, -errno.EIO, unique))
+            os.write(self._device, error_reply(unique, errno.EIO))
             self.answered += 1
         except OSError:
             pass  # its reader was interrupted in the meantime, or the mount is gone (the next read says so)

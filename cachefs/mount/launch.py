@@ -29,8 +29,12 @@ _MIN_PROBE_S = 5.0
 _END_S = 5.0
 
 
-def make_plan(config: Config, mountpoint: str, *, flags: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the plan of a mount at `mountpoint` (canonical). `flags` may have "noexec" and "noatime"."""
+def make_plan(
+    config: Config, mountpoint: str, *, flags: Sequence[str] = (), mounted_at_s: float = 0.0
+) -> dict[str, Any]:
+    """Return the plan of a mount at `mountpoint` (canonical). `flags` may have "noexec" and "noatime"; `mounted_at_s`
+    is what the agent was told when it checked the bucket.
+    """
     identity = mount_id(mountpoint)
     own_log = f"{config.cache.runtime_dir}/mounts/{identity}.log"
     return {
@@ -43,6 +47,7 @@ def make_plan(config: Config, mountpoint: str, *, flags: Sequence[str] = ()) -> 
         "version": cachefs.__version__,
         "log_file": config.log.log_file or ("" if config.fuse.foreground else own_log),
         "mount_flags": list(flags),
+        "mounted_at_s": mounted_at_s,
     }
 
 

@@ -2,12 +2,16 @@
 
 The supervisor's memory is counted in single MiB and it must never wait for anything, so neither threads nor trio.
 
+It also buries children that nobody here started: in a container the supervisor may be process 1, which inherits every
+orphan of it, and a mount in the foreground inherits the agent that its command had started.
+
 INVARIANT: a callback that raises is logged and the loop goes on; a descriptor that was unwatched during a turn gets no
 event any more, even when its number was used again in that turn.
 """
 
 from __future__ import annotations
 
+import os
 import selectors
 import signal
 import socket
@@ -17,6 +21,7 @@ from collections.abc import Callable
 from cachefs.mount.journal import Journal
 
 Callback = Callable[[], object]
+BURY_S = 0.1
 
 
 class Loop:
@@ -28,6 +33,8 @@ class Loop:
         self._timers: dict[object, tuple[float, Callback]] = {}
         self._running = False
         self._wakeup: tuple[socket.socket, ...] = ()
+        self.children: set[int] = set()
+        """Processes that are waited for elsewhere; not those that are waited for where they are started."""
 
     def watch(self, descriptor: int, callback: Callback) -> None:
         """Call `callback` whenever `descriptor` is readable, at its end or in error."""
@@ -49,11 +56,13 @@ class Loop:
         self._timers.pop(name, None)
 
     def catch_signals(self, numbers: tuple[signal.Signals, ...], callback: Callable[[int], object]) -> None:
-        """Call `callback` with the number of each signal that arrives, from the loop and not from a signal frame."""
+        """Call `callback` with the number of each signal that arrives, from the loop and not from a signal frame; from
+        then on orphans are buried as well.
+        """
         ours, theirs = socket.socketpair()
         for end in (ours, theirs):
             end.setblocking(False)
-        for number in numbers:
+        for number in (*numbers, signal.SIGCHLD):
             signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
         self._wakeup = (ours, theirs)
@@ -62,8 +71,25 @@ class Loop:
             for number in ours.recv(64):
                 if number in numbers:
                     callback(number)
+                elif number == signal.SIGCHLD:
+                    self._bury_orphans()
 
         self.watch(ours.fileno(), arrived)
+        self.after("orphans", 0.0, self._bury_orphans)  # those who ended before
+
+    def _bury_orphans(self) -> None:
+        """Take note of the end of children that nobody waits for: else they stay as zombies for ever."""
+        while True:
+            try:
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if ended is None:
+                return
+            if ended.si_pid in self.children:  # it hides those behind it until its own callback has come
+                self.after("orphans", BURY_S, self._bury_orphans)
+                return
+            os.waitpid(ended.si_pid, 0)
 
     def stop(self) -> None:
         """End `run` after the present callback."""

@@ -24,6 +24,7 @@ class StateFile:
             "mountpoint": plan["mountpoint"],
             "source": plan["source"],
             "version": plan["version"],
+            "supervisor_version": plan["version"],
             "supervisor_pid": os.getpid(),
             "worker_pid": None,
             "agent_pid": None,
@@ -38,6 +39,7 @@ class StateFile:
             "connection": None,
             "cache_dir": config["cache"]["cache_dir"],
             "runtime_dir": runtime.path,
+            "config": config,
         }
 
     @property

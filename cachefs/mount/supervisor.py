@@ -41,13 +41,12 @@ from cachefs.mount.control import Caller, ControlServer
 from cachefs.mount.crashes import CrashHistory
 from cachefs.mount.departure import Departure
 from cachefs.mount.device import Device
-from cachefs.mount.journal import Journal, shorten_stderr
+from cachefs.mount.journal import LOG_CHECK_S, Journal, shorten_stderr
 from cachefs.mount.loop import Loop
 from cachefs.mount.publication import ReadyLine, StateFile
 from cachefs.mount.worker_link import Launch, Software, Worker
 from cachefs.runtime import RuntimeDir
 
-MAX_LOG_BYTES, LOG_CHECK_S = 8 << 20, 60.0
 FATAL_GRACE_S = 2.0
 """How long a worker may take to end after it has reported why it cannot serve."""
 
@@ -77,6 +76,8 @@ class Supervisor:
         self._upgrade: tuple[Software, Caller] | None = None
         self._refuser: kernel.Refuser | None = None
         self._init_answered = False
+        self._attached: dict[str, Any] | None = None
+        """What the last worker was attached to: the next one can begin with it while there is no agent."""
         self._exit_code: int | None = None
 
     # -- life ---------------------------------------------------------------------------------------------------------
@@ -136,7 +137,7 @@ class Supervisor:
 
     def _shorten_log(self) -> None:
         """Bound our own log file, which lies in memory (/run) on most systems; other files belong to who named them."""
-        shorten_stderr(MAX_LOG_BYTES, MAX_LOG_BYTES // 8)
+        shorten_stderr()
         self._loop.after("log", LOG_CHECK_S, self._shorten_log)
 
     def _finish(self, exit_code: int) -> None:
@@ -164,16 +165,17 @@ class Supervisor:
         if self._worker is not None or self._candidate is not None or self._exit_code is not None:
             return  # the worker of an upgrade was faster than the timer of a restart
         try:
-            self._worker = self._spawn(self._software)
+            self._worker = self._spawn(self._software, self._attached if self._init_answered else None)
         except OSError as error:
             self._crashed(f"a worker cannot be started: {error}", final=True)
             return
         self._state.update(worker_pid=self._worker.pid)
 
-    def _spawn(self, software: Software) -> Worker:
+    def _spawn(self, software: Software, attached: dict[str, Any] | None) -> Worker:
         extra = {
             "init": self._device.init.hex(),
             "first": not self._init_answered,
+            "attached": attached,
             "connection": self._device.connection,
             "supervisor_pid": os.getpid(),
         }
@@ -195,11 +197,14 @@ class Supervisor:
             self._hand_over()
         elif name == "init-answered":
             self._init_answered = True
-            self._set_read_ahead()
+            self._device.set_read_ahead(int(self._plan["config"]["fuse"]["read_ahead_bytes"]), self._journal)
         elif name == "serving":
             self._is_serving(worker, event)
         elif name == "agent":
+            self._attached = event.get("attached", self._attached)
             self._state.update(agent_pid=event.get("agent_pid"))
+        elif name == "hung":
+            self._state.update(state="unmounting" if self._departure.begun else "restarting")
         elif name == "guard":
             self._state.update(guard_held=bool(event.get("held")))
         elif name == "fatal":
@@ -231,15 +236,16 @@ class Supervisor:
         if self._upgrade is not None and self._candidate is None:
             self._software, caller = self._upgrade
             self._upgrade = None
-            self._journal.info(f"upgraded to {self._software.version}")
             self._loop.after(caller, 0, lambda: caller.answer({"ok": True, "version": self._software.version}))
+        version = str(event.get("version", self._software.version))  # its own word: files may change under a path
+        self._software = self._software._replace(version=version)
         self._state.update(
             state="unmounting" if self._departure.begun else "serving",
             worker_pid=worker.pid,
             agent_pid=event.get("agent_pid", self._state.values["agent_pid"]),
-            version=self._software.version,
+            version=version,
         )
-        self._journal.info(f"{self._device.mountpoint} is served by worker {worker.pid}")
+        self._journal.info(f"{self._device.mountpoint} is served by worker {worker.pid}, version {version}")
         self._ready.succeed()
 
     def _on_exit(self, worker: Worker) -> None:
@@ -347,7 +353,7 @@ class Supervisor:
         else:
             try:
                 software = self._software.replaced_by(request)
-                self._candidate = self._spawn(software)
+                self._candidate = self._spawn(software, None)
             except (OSError, ValueError) as error:
                 caller.fail("MountError", f"the new worker cannot be started: {error}")
             else:
@@ -359,15 +365,6 @@ class Supervisor:
             self._upgrade = None
             self._journal.warning(f"the upgrade failed: {why}")
             caller.fail("MountError", f"the new worker did not start, nothing was changed: {why}")
-
-    def _set_read_ahead(self) -> None:
-        size_bytes = int(self._plan["config"]["fuse"]["read_ahead_bytes"])
-        try:
-            kernel.set_read_ahead(self._device.identity, size_bytes)
-        except OSError as error:
-            self._journal.info(
-                f"the kernel's read-ahead stays as it is ({error.strerror}): sequential reads may be slower"
-            )
 
 
 def main() -> int:

@@ -4,6 +4,10 @@ C`.
 A worker owns nothing that matters: inodes, listings and blocks belong to the agent, the mount to the supervisor. It
 may be killed at any moment; the next one gets the same device, replays the kept INIT to its own libfuse and goes on.
 It tells the supervisor "prepared" when everything is loaded, and touches the device only after "go".
+
+The first worker of a mount needs an agent: without one the mount fails. Every later one is told what the worker before
+it was attached to. If no agent answers soon, it serves what is in those files (they outlive agents), and what has to be
+asked waits as it does whenever an agent dies: until another one is there, or the reader's time is over.
 """
 
 from __future__ import annotations
@@ -14,20 +18,19 @@ import json
 import logging
 import os
 import sys
-import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import trio
 
-from cachefs import errors
-from cachefs.agent import launch, messages
+from cachefs import __version__, errors
+from cachefs.agent import launch, messages, succession
 from cachefs.agent.client import AgentClient
-from cachefs.block.tier_reader import TierReader
+from cachefs.agent.hang_watch import HangWatch
 from cachefs.config import Config, Engine, from_plain
 from cachefs.fuse.channel import Channel
-from cachefs.fuse.errno_map import to_errno
+from cachefs.fuse.kernel_names import KernelNames
 from cachefs.fuse.operations import Operations
 from cachefs.fuse.session import Session
 from cachefs.logs import configure
@@ -37,17 +40,19 @@ from cachefs.metrics import (
     FUSE_READS,
     FUSE_REQUESTS,
     GUARD_HELD_SECONDS,
-    READ_MISS_SECONDS,
+    HUNG_AGENTS,
     READ_MISSES,
-    READAHEAD_REQUESTS,
     SHM_HIT_BYTES,
     SHM_HITS,
     Counters,
 )
+from cachefs.mount import ground
+from cachefs.mount.heartbeat import Heartbeat
+from cachefs.mount.misses import Misses
 from cachefs.mount.wakeup import WakeUpGuard
 from cachefs.vfs.attributes import AttributeRules
 from cachefs.vfs.filesystem import FileSystem
-from cachefs.vfs.reading import FileView, ReadPath
+from cachefs.vfs.reading import ReadPath
 from metadata.freshness import Freshness
 from metadata.store import MetadataReader
 
@@ -56,6 +61,13 @@ log = logging.getLogger(__name__)
 SWITCH_INTERVAL_S = 0.0002
 """How long the trio thread may keep the interpreter while the channel has a request (Python's default is 5 ms)."""
 REPORT_S = 1.0
+SEEK_TIER_S = 5.0
+HEAD_START_S = 1.0
+"""How long an agent may take to answer before a worker that knows its predecessor's files opens them unasked. An agent
+has looked at them first, and starts in half of this.
+"""
+NOTHING_TO_READ_S = 10.0
+"""How long it waits for an agent when it cannot open them. Five such workers are the failed state: no reader hangs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,53 +78,6 @@ class Descriptors:
     plan: int
     report: int
     control: int
-
-
-class Misses:
-    """Takes READ misses from the channel thread to trio, where the agent is asked (implements `MissSink`)."""
-
-    def __init__(self, filesystem: FileSystem, nursery: trio.Nursery, counters: Counters) -> None:
-        self._filesystem = filesystem
-        self._nursery = nursery
-        self._token = trio.lowlevel.current_trio_token()
-        self._counters = counters
-        self.channel: Channel | None = None
-
-    def miss(self, unique: int, view: FileView, start: int, end: int) -> None:
-        """See `MissSink.miss`."""
-        self._soon(self._serve, unique, view, start, end)
-
-    def readahead(self, view: FileView, first: int, count: int) -> None:
-        """See `MissSink.readahead`."""
-        self._counters.add(READAHEAD_REQUESTS.name)
-        self._soon(self._filesystem.readahead, view, first, count)
-
-    def _soon(self, work: Callable[..., Awaitable[None]], *arguments: Any) -> None:
-        try:
-            self._token.run_sync_soon(self._begin, work, arguments)
-        except trio.RunFinishedError:
-            pass  # this worker is ending: the request stays open, and the next worker gets it again
-
-    def _begin(self, work: Callable[..., Awaitable[None]], arguments: tuple[Any, ...]) -> None:
-        try:
-            self._nursery.start_soon(work, *arguments)
-        except RuntimeError:
-            log.debug("a request came too late for this worker")  # the nursery is closed: as above
-
-    async def _serve(self, unique: int, view: FileView, start: int, end: int) -> None:
-        assert self.channel is not None
-        began = time.monotonic()
-        try:
-            await self._filesystem.with_blocks(view, start, end, functools.partial(self.channel.answer, unique))
-        except Exception as error:  # noqa: BLE001 - the boundary: one request, one answer
-            self.channel.fail(unique, to_errno(error, f"read of {self._name(view)}"))
-        self._counters.add(READ_MISS_SECONDS.name, time.monotonic() - began)
-
-    def _name(self, view: FileView) -> str:
-        try:
-            return self._filesystem.reads.names.key_of(view.ino)
-        except Exception:  # noqa: BLE001 - only words for a log line
-            return f"inode {view.ino}"
 
 
 class Worker:
@@ -126,10 +91,16 @@ class Worker:
         self._counters = Counters()
         self._reads: ReadPath | None = None
         self._attached: messages.Attached | None = None
+        self._opening = trio.Lock()
+        self._opened = trio.Event()
+        self._kernel_names: KernelNames | None = None
+        self._lineage = ""
+        """Of the metadata that the kernel has its names from; "" while it has none."""
         self._channel: Channel | None = None
         self._guard: WakeUpGuard | None = None
         self._served: Channel | Operations | None = None
         self._nursery: trio.Nursery | None = None
+        self._hang_watch: HangWatch | None = None
 
     def report(self, event: str, **more: Any) -> None:
         """Tell the supervisor something; when it is gone there is nobody to tell."""
@@ -142,33 +113,84 @@ class Worker:
         """Prepare, wait for "go", serve until the mount is gone."""
         launch_plan = launch.AgentPlan(self._config.cache, self._config.log, sys.executable, self._environment)
         attach = functools.partial(
-            self._attach_message, self._config, self._environment, self._plan["mount_id"], self._plan["mountpoint"]
+            launch.attach_message,
+            self._config,
+            self._environment,
+            self._plan["mount_id"],
+            self._plan["mountpoint"],
+            check=False,
+            mounted_at_s=float(self._plan.get("mounted_at_s", 0.0)),
         )
+        former = self._former()
+        self._lineage = former.lineage if former is not None else ""
         client = AgentClient(
             lambda: launch.ensure_agent(launch_plan, self._config.fuse.ready_timeout_s),
-            attach, self._on_attached, self._config.s3.io_timeout_s,
+            lambda: succession.take_over(launch_plan, self._plan["mount_id"], self._config.fuse.ready_timeout_s),
+            lambda request_id: attach(request_id=request_id),
+            self._on_attached, self._config.s3.io_timeout_s, patient=former is not None,
         )  # fmt: skip
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            await nursery.start(client.run)
+            self._hang_watch = watch = HangWatch(launch_plan, self._config.fuse.hang_timeout_s)
+            nursery.start_soon(watch.run, client)
+            if former is None:
+                await nursery.start(client.run)
+            else:
+                nursery.start_soon(client.run)
+                await self._go_on(client, former)
             assert self._reads is not None
+            assert self._kernel_names is not None
             rules = AttributeRules.create(self._config.fuse, os.getuid(), os.getgid())
             filesystem = FileSystem(self._reads, client, Freshness(self._config.metadata), rules)
-            operations = Operations(filesystem, self._counters)
+            operations = Operations(filesystem, self._kernel_names, self._counters)
             session = Session(operations)
-            misses = Misses(filesystem, nursery, self._counters)
+            misses = Misses(filesystem, self._kernel_names, nursery, self._counters)
             self.report("prepared")
             await self._wait_for_go()
             nursery.start_soon(self._serve_libfuse, session)
             await self._begin(session, filesystem, misses)
-            self.report("serving", agent_pid=client.pid)
+            self.report("serving", agent_pid=client.pid or None, version=__version__)
+            nursery.start_soon(Heartbeat(self._fds.report, self._config.fuse.hang_timeout_s, self._moves).run)
             nursery.start_soon(self._report_counters, client, filesystem)
+            nursery.start_soon(self._seek_tier, self._reads)
 
-    @staticmethod
-    def _attach_message(
-        config: Config, environment: dict[str, str], mount_id: str, mountpoint: str, request_id: int
-    ) -> messages.Attach:
-        return launch.attach_message(config, environment, mount_id, mountpoint, request_id=request_id, check=False)
+    def _moves(self) -> bool:
+        return self._channel is None or self._channel.moves()
+
+    def _former(self) -> messages.Attached | None:
+        """Return what the last worker of this mount was attached to; None for the first, and for one that takes over
+        from a living one: if that one finds no agent, it had better not take over.
+        """
+        try:
+            return msgspec.convert(self._plan.get("attached"), messages.Attached)
+        except msgspec.ValidationError:
+            return None  # a supervisor of another version
+
+    async def _go_on(self, client: AgentClient, former: messages.Attached) -> None:
+        """Attach, or open what the last worker had. Raises AgentUnavailable when there is nothing to read from."""
+        with trio.move_on_after(HEAD_START_S):
+            await client.tried.wait()
+        async with self._opening:
+            if self._reads is None:
+                try:
+                    await self._open(former)
+                    self._attached = former
+                except errors.StorageUnavailable as error:
+                    log.warning("no agent yet, and the files of the last worker cannot be read: %s", error)
+                else:
+                    log.warning("no agent yet: serving what is cached")
+        with trio.move_on_after(NOTHING_TO_READ_S):
+            await self._opened.wait()
+        if self._reads is None:
+            raise errors.AgentUnavailable("there is no agent, and nothing to read from without one")
+
+    async def _open(self, attached: messages.Attached) -> None:
+        """Open the files that an agent offers, or has offered. Raises StorageUnavailable."""
+        names = await trio.to_thread.run_sync(MetadataReader, attached.metadata_path)
+        shm = await trio.to_thread.run_sync(ground.open_tier, attached, self._counters)
+        self._reads = ReadPath(names, shm, attached.endpoint, attached.bucket, attached.block_size)
+        self._kernel_names = KernelNames(self._fds.device, names)
+        self._opened.set()
 
     async def _on_attached(self, attached: messages.Attached) -> None:
         """Open what the agent offers; after a restart of the agent, only what is another file now.
@@ -176,21 +198,42 @@ class Worker:
         Raises MountError when the agent was started again with settings under which this worker would read wrong
         bytes (blocks of another size) or nothing (metadata elsewhere): the next worker begins with them.
         """
-        self.report("agent", agent_pid=attached.pid)
-        if self._reads is None or self._attached is None:
+        self._lineage = self._lineage or attached.lineage
+        renewed = attached.lineage != self._lineage
+        self._report_agent(attached)
+        async with self._opening:
+            if renewed and self._kernel_names is not None:
+                await trio.to_thread.run_sync(self._kernel_names.note_top)
+            if self._reads is None or self._attached is None:
+                await self._open(attached)
+            elif ground.of(attached) != ground.of(self._attached):
+                now, mine = ground.of(attached), ground.of(self._attached)
+                raise errors.MountError(
+                    f"the agent works with {now} now, and this worker with {mine}: another worker has to take over"
+                )
+            elif await trio.to_thread.run_sync(ground.follow, self._reads, attached, self._counters):
+                log.warning("the agent began new environments")
+                if self._channel is not None:
+                    self._channel.forget_listings()
             self._attached = attached
-            names = await trio.to_thread.run_sync(MetadataReader, attached.metadata_path)
-            shm = await trio.to_thread.run_sync(_open_tier, attached)
-            self._reads = ReadPath(names, shm, attached.endpoint, attached.bucket, attached.block_size)
-        elif _ground(attached) != _ground(self._attached):
-            raise errors.MountError(
-                f"the agent works with {_ground(attached)} now, and this worker with {_ground(self._attached)}: "
-                "another worker has to take over"
-            )
-        elif await trio.to_thread.run_sync(_follow, self._reads, attached):
-            log.warning("the agent began new environments")
-            if self._channel is not None:
-                self._channel.forget_listings()
+        if renewed and self._kernel_names is not None:
+            log.warning("the metadata begins anew: the kernel has to look up every name again")
+            await self._kernel_names.let_go_of_all()
+            self._lineage = attached.lineage
+            self._report_agent(attached)
+
+    async def _seek_tier(self, reads: ReadPath) -> None:
+        """Look for the shm tier again where it could not be opened (no reader slot, no room for the map)."""
+        while True:
+            await trio.sleep(SEEK_TIER_S)
+            if reads.blocks is None and self._attached is not None:
+                async with self._opening:
+                    await trio.to_thread.run_sync(ground.open_missing_tier, reads, self._attached, self._counters)
+
+    def _report_agent(self, attached: messages.Attached) -> None:
+        """Say what the next worker may begin with: the agent's files, and the lineage of the kernel's names."""
+        kept = msgspec.structs.replace(attached, lineage=self._lineage)
+        self.report("agent", agent_pid=attached.pid, attached=msgspec.to_builtins(kept))
 
     async def _wait_for_go(self) -> None:
         await trio.lowlevel.wait_readable(self._fds.control)
@@ -249,13 +292,15 @@ class Worker:
         last: dict[str, float] = {}
         while True:
             await trio.sleep(REPORT_S)
+            client.expire()
             values = self._counts(filesystem)
             if values != last:
                 client.tell(messages.Counters(values=values))
                 last = values
-            if self._channel is not None and self._channel.touched:
-                touched, self._channel.touched = self._channel.touched, set()
-                client.tell(messages.Touched(keys=list(touched)))
+            for source in (self._channel, filesystem):  # the engines
+                if source is not None and source.touched:
+                    touched, source.touched = source.touched, set()
+                    client.tell(messages.Touched(keys=list(touched)))
 
     def _counts(self, filesystem: FileSystem) -> dict[str, float]:
         """Return the worker's counters: what trio counted, and the plain integers of the hot paths."""
@@ -271,34 +316,9 @@ class Worker:
         values[SHM_HITS.name], values[SHM_HIT_BYTES.name] = hits, hit_bytes
         values[READ_MISSES.name] = misses
         values[FUSE_REQUESTS.name] = self._served.requests if self._served is not None else 0
+        values[HUNG_AGENTS.name] = self._hang_watch.killed if self._hang_watch is not None else 0
         values[GUARD_HELD_SECONDS.name] = round(self._guard.held_s, 3) if self._guard is not None else 0.0
         return values
-
-
-def _ground(attached: messages.Attached) -> tuple[int, str]:
-    """Return what a worker cannot change once it reads: size of a block, directory of the metadata."""
-    return attached.block_size, attached.metadata_path
-
-
-def _open_tier(attached: messages.Attached) -> TierReader | None:
-    if attached.shm_path is None:
-        return None
-    try:
-        return TierReader(attached.shm_path, attached.block_size)
-    except errors.TierUnavailable as error:
-        log.warning("the shm tier cannot be read: %s", error)
-        return None
-
-
-def _follow(reads: ReadPath, attached: messages.Attached) -> bool:
-    """Open what is new since the last agent; returns whether there was anything. BLOCKS."""
-    fresh = reads.refresh()
-    if attached.shm_path is None or (reads.blocks is not None and reads.blocks.directory == attached.shm_path):
-        return fresh
-    tier = _open_tier(attached)  # it was off, or elsewhere
-    if tier is not None:
-        reads.blocks = tier
-    return fresh or tier is not None
 
 
 def main() -> int:

@@ -5,6 +5,7 @@ The worker is started with four descriptors:
     --device-fd   the connection to the kernel
     --plan-fd     one JSON document, then end of file
     --report-fd   the worker writes one JSON object per line: {"event": "prepared"}, {"event": "serving"}, ...
+                  and beats, if it has any: then it is killed when they stay out (`cachefs.mount.vigil`)
     --control-fd  the worker reads "go" when it may take requests, and end of file when its supervisor is gone
 
 It gets a session of its own, so that a Ctrl-C in the terminal reaches the supervisor only. Its stderr is the
@@ -24,12 +25,15 @@ from typing import Any, NamedTuple
 
 from cachefs.mount import journal
 from cachefs.mount.loop import Loop
+from cachefs.mount.vigil import Vigil
 
 _MAX_LINE_BYTES = 1 << 20
 _TAIL_BYTES = 2048
 _TAIL_LINES = 3
 _TAIL_CHARACTERS = 500
 _DEATH_S = 5.0
+HANG_S = 30.0
+"""After how long without a beat a worker is replaced, when the plan does not say."""
 
 
 class Software(NamedTuple):
@@ -84,6 +88,8 @@ class Worker:
         """It was given the right to take requests."""
         self.fatal: tuple[str, str] | None = None
         """Kind and text of the error that kept it from serving."""
+        self.hung = ""
+        """Why it was killed, if it did not move any more."""
         self._loop = loop
         self._log = log
         self._on_event = on_event
@@ -95,13 +101,16 @@ class Worker:
         self._pidfd = -1
         self._child = self._spawn(launch)
         self.pid = self._child.pid
+        loop.children.add(self.pid)
         try:
             self._pidfd = os.pidfd_open(self.pid)
         except OSError:
             self._child.kill()
-            self._child.wait()
+            self._wait()
             self._close_pipes()
             raise
+        limit_s = float(launch.plan["config"]["fuse"].get("hang_timeout_s", HANG_S))
+        self._vigil = Vigil(loop, limit_s, self.pid, self._hangs)
         loop.watch(self._report, self._read_reports)
         loop.watch(self._pidfd, self._ended)
         if self._stderr >= 0:
@@ -159,12 +168,19 @@ class Worker:
         """Kill it at once."""
         self._child.kill()
 
+    def _hangs(self, how: str) -> None:
+        self.hung = f"killed, {how}"
+        self._log.warning(f"worker {self.pid} hangs: {how}")
+        self._on_event(self, {"event": "hung"})
+        self.kill()
+
     def end(self) -> None:
         """Kill it and see it dead, without `on_exit`."""
+        self._vigil.end()
         self._loop.unwatch(self._pidfd)
         self._child.kill()
         try:
-            self._child.wait(_DEATH_S)
+            self._wait(_DEATH_S)
         except subprocess.TimeoutExpired:
             self._log.warning(f"worker {self.pid} does not die: it waits in the kernel")
         self._close_pipes()
@@ -181,6 +197,8 @@ class Worker:
         code = self._child.returncode
         if self.fatal is not None:
             return self.fatal[1]
+        if self.hung:
+            return self.hung
         if code is not None and code < 0:
             try:
                 name = signal.Signals(-code).name
@@ -222,7 +240,9 @@ class Worker:
             event = json.loads(line)
         except ValueError:
             event = None
-        if isinstance(event, dict) and isinstance(event.get("event"), str):
+        if isinstance(event, dict) and event.get("event") == "beat":
+            self._vigil.heard()
+        elif isinstance(event, dict) and isinstance(event.get("event"), str):
             self._on_event(self, event)
         else:
             self._log.warning(f"worker {self.pid} reported what nobody understands: {line[:200]!r}")
@@ -244,13 +264,18 @@ class Worker:
 
     def _ended(self) -> None:
         self._loop.unwatch(self._pidfd)
-        self._child.wait()
+        self._wait()
         while self._read_reports():
             pass
+        self._vigil.end()
         while self._stderr >= 0 and self._relay():
             pass
         self._close_pipes()
         self._on_exit(self)
+
+    def _wait(self, timeout_s: float | None = None) -> None:
+        self._child.wait(timeout_s)
+        self._loop.children.discard(self.pid)
 
     def _close_pipes(self) -> None:
         self._loop.unwatch(self._report)

@@ -5,8 +5,9 @@ at once) and with gaps (pages that it has already). So a read belongs to a known
 furthest byte read so far, at most `SLACK` behind or ahead of it. That furthest byte is the reader's position; what
 has been asked for ends at the frontier.
 
-A sequential reader that has used up half of its window makes the window grow (x2, up to the maximum) and asks for
-everything from the frontier to one window past its position: requests are few and large. A read elsewhere moves the
+A sequential reader asks for what lies between the frontier and one window past its position whenever it has used up an
+eighth of the window: requests stay large, and a store that is far away always has nearly the whole window under way.
+One that has used up half of its window makes it grow (x2, up to the maximum). A read elsewhere moves the
 position there, asks for nothing and cuts the window to nothing; `PROOF` bytes that follow on it without a gap begin a
 sequence again. So a reader of random records never causes readahead, and a seek of a sequential reader costs little.
 
@@ -30,7 +31,7 @@ class ReadWindow:
     Used by several threads at once it may ask for too much, never for wrong bytes.
     """
 
-    __slots__ = ("_frontier", "_initial", "_maximum", "_position", "_run", "_trigger", "window")
+    __slots__ = ("_frontier", "_grow_at", "_initial", "_maximum", "_position", "_run", "_trigger", "window")
 
     def __init__(self, initial: int = 4 * MIB, maximum: int = 64 * MIB) -> None:
         self.window = 0
@@ -40,6 +41,7 @@ class ReadWindow:
         self._position = -1
         self._frontier = 0
         self._trigger = 0
+        self._grow_at = 0
         self._run = 0
 
     def note(self, offset: int, size: int, file_size: int) -> tuple[int, int] | None:
@@ -50,7 +52,8 @@ class ReadWindow:
             if end > position:
                 self._position = end
                 if end >= self._trigger:
-                    self.window = min(self.window * 2, self._maximum)
+                    if end >= self._grow_at:
+                        self._resize(end, min(self.window * 2, self._maximum))
                     return self._ask(end, file_size)
             return None
         return self._outside(offset, size, file_size)
@@ -72,14 +75,18 @@ class ReadWindow:
             return None
         self._run = 0
         self._frontier = end
-        self.window = self._initial
+        self._resize(end, self._initial)
         return self._ask(end, file_size)
+
+    def _resize(self, end: int, window: int) -> None:
+        self.window = window
+        self._grow_at = end + window // 2
 
     def _ask(self, end: int, file_size: int) -> tuple[int, int] | None:
         """Move the frontier to one window past `end`; return what lies between."""
         first = max(self._frontier, end)
         target = min(end + self.window, file_size)
-        self._trigger = target - self.window // 2 if target < file_size else file_size + 1
+        self._trigger = end + self.window // 8 if target < file_size else file_size + 1
         if first >= target:
             return None
         self._frontier = target

@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 
 from cachefs.errors import CachefsError
+from cachefs.store.condition import Condition
 
 
 class StoreCounters:
@@ -19,6 +20,7 @@ class StoreCounters:
     _ANSWERS = frozenset({"NotFound", "StaleObject"})
 
     def __init__(self) -> None:
+        self.condition = Condition()
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter(
             dict.fromkeys(
@@ -42,6 +44,10 @@ class StoreCounters:
             self._counts["origin_requests"] += 1
             self._counts[f"origin_{operation}_requests"] += 1
 
+    def answered(self) -> None:
+        """A request was answered well."""
+        self.condition.answered()
+
     def received(self, length: int) -> None:
         """So many bytes of an object came in."""
         with self._lock:
@@ -51,7 +57,10 @@ class StoreCounters:
         """A request ended with this error."""
         kind = type(error).__name__
         if kind in self._ANSWERS:
+            self.condition.answered()
             return
+        if not throttled:  # a store that asks for patience is well
+            self.condition.failed(error)
         with self._lock:
             self._counts["origin_errors"] += 1
             self._counts[f"origin_errors_{kind}"] += 1

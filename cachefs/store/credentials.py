@@ -9,24 +9,42 @@ is built here from botocore's parts, each given the mapping of the mount:
 An explicit profile leaves the environment's keys out, as the SDK does. botocore's refreshable credentials renew
 themselves 10 to 15 minutes before they expire, under their own lock, in the thread of whoever asks. botocore is
 imported on first use.
+
+Keys are also replaced from outside: a file is rewritten, a session is ended early. The chain is gone through anew when
+a file that keys come from has changed (looked at once a second, when somebody asks), and when the store has refused the
+keys (`renewed`, at most once in `RENEW_S`). Keys that were found stay in use until others are found.
+
+INVARIANT: `generation` changes with every replacement, so whoever keeps keys of its own knows when they are old.
 """
 
 from __future__ import annotations
 
+import copy
+import logging
+import os
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from cachefs.config import S3Config
 from cachefs.errors import CachefsError, ConfigError, CredentialsError, StorageUnavailable
+from cachefs.logs import ThrottledWarning
+from cachefs.store.watched_files import WatchedFiles
 
 if TYPE_CHECKING:
     from botocore.credentials import Credentials, ReadOnlyCredentials
     from botocore.session import Session
     from obstore.store import S3Credential
 
+log = logging.getLogger(__name__)
+
 DEFAULT_REGION = "us-east-1"
+LOOK_S = 1.0
+"""How often files are looked at; for as long a failure to find keys stands, so that a thousand readers ask once."""
+RENEW_S = 5.0
+"""How often keys that the store refuses make us go through the chain, which may mean a request or a command."""
 # Refreshable credentials stay valid for at least 10 minutes after they were given out, and obstore asks again 5 minutes
 # before the end of a lease: under 5 minutes it would ask for every request.
 _LEASE = timedelta(minutes=10)
@@ -35,12 +53,23 @@ _LEASE = timedelta(minutes=10)
 class CredentialSource:
     """The credentials of one mount. Nothing is looked up before the first call. Thread-safe."""
 
-    def __init__(self, config: S3Config, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, config: S3Config, environment: Mapping[str, str], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._config = config
         self._environment = dict(environment)
+        self._clock = clock
         self._lock = threading.Lock()
         self._session: Session | None = None
         self._credentials: Credentials | None = None
+        self._given: ReadOnlyCredentials | None = None
+        self._files = WatchedFiles()
+        self._look_at = self._renew_at = 0.0
+        self._failure: CachefsError | None = None
+        """Why no keys were found, until `_look_at`."""
+        self._warning = ThrottledWarning()
+        self.generation = 0
+        """How often the keys were replaced by others."""
 
     @property
     def anonymous(self) -> bool:
@@ -59,12 +88,95 @@ class CredentialSource:
 
     def current(self) -> ReadOnlyCredentials:
         """Return keys that are valid now. Raises CredentialsError; StorageUnavailable when their source is silent."""
+        credentials = self._credentials
+        if credentials is None or self._clock() >= self._look_at:
+            credentials = self._look(credentials)
+        try:
+            with _translated():
+                self._given = keys = credentials.get_frozen_credentials()
+        except CachefsError:
+            with self._lock:  # their source refuses to renew them: find out where keys come from now
+                if self._credentials is credentials:
+                    self._credentials = None
+            raise
+        return keys
+
+    def renewed(self, generation: int) -> bool:
+        """The store refuses the keys of this generation: return whether there are others to try."""
+        if self.anonymous:
+            return False
+        with self._lock:
+            if self.generation != generation:
+                return True
+            now = self._clock()
+            if now < self._renew_at and not self._files.changed():
+                return False
+            self._renew_at = now + RENEW_S
+            self._try_others(now)
+            return self.generation != generation
+
+    def _look(self, known: Credentials | None) -> Credentials:
+        """Return the credentials after a look at the files. Whoever has some does not wait for who is looking."""
+        if not self._lock.acquire(blocking=known is None) and known is not None:
+            return known
+        try:
+            now = self._clock()
+            if self._credentials is None:
+                return self._find_first(now)
+            if now >= self._look_at:
+                self._look_at = now + LOOK_S
+                if self._files.changed():
+                    self._try_others(now)
+            return self._credentials
+        finally:
+            self._lock.release()
+
+    def _find_first(self, now: float) -> Credentials:
+        if self._failure is not None and now < self._look_at:
+            raise copy.copy(self._failure) from self._failure
+        self._failure = None
+        try:
+            return self._replace()
+        except CachefsError as error:
+            self._failure = error
+            raise
+        finally:
+            self._look_at = self._clock() + LOOK_S
+
+    def _try_others(self, now: float) -> None:
+        """Go through the chain; what cannot be read (a file that is being written) leaves the keys as they are."""
+        before = self.generation
+        try:
+            self._replace()
+        except CachefsError as error:
+            more = self._warning.due(now)
+            if more is not None:
+                log.warning("no new credentials can be found for %s: %s%s", self._config.source, error, more)
+        if self.generation != before:
+            log.info("new credentials are in use for %s", self._config.source)
+
+    def _replace(self) -> Credentials:
+        """Go through the chain with fresh files (under the lock)."""
         with _translated():
-            credentials = self._credentials
-            if credentials is None:
-                with self._lock:
-                    credentials = self._credentials = self._credentials or self._find()
-            return credentials.get_frozen_credentials()
+            self._session = None
+            found = self._find()
+            keys = found.get_frozen_credentials()
+        if self._given is not None and keys != self._given:
+            self.generation += 1
+        self._given, self._credentials = keys, found
+        return found
+
+    def _paths(self) -> Iterator[str]:
+        """Yield the files that keys may come from."""
+        session = self._open_session()
+        for name in ("credentials_file", "config_file"):
+            yield os.path.expanduser(session.get_config_variable(name))
+        profile = session.get_config_variable("profile") or "default"
+        token_file = session.full_config.get("profiles", {}).get(profile, {}).get("web_identity_token_file")
+        names = ("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE")
+        for path in (token_file, *map(self._environment.get, names)):
+            if path:
+                yield path
 
     def for_obstore(self) -> S3Credential:
         """Return keys in obstore's form; obstore calls this again before they expire."""
@@ -84,6 +196,7 @@ class CredentialSource:
         access_key, secret_key = environment.get("AWS_ACCESS_KEY_ID"), environment.get("AWS_SECRET_ACCESS_KEY")
         if access_key and secret_key and not self._config.profile:
             return Credentials(access_key, secret_key, environment.get("AWS_SESSION_TOKEN") or None)
+        self._files.note(self._paths())
         found = CredentialResolver(self._providers(self._open_session())).load_credentials()
         if found is None:
             raise CredentialsError(

@@ -16,7 +16,7 @@ from __future__ import annotations
 import enum
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from cachefs.errors import AccessDenied, BadBody, CachefsError, NotFound, StaleObject, StorageUnavailable
@@ -144,6 +144,15 @@ class FaultStore:
         self._suffer(Operation.GET, version.key)
         return self.inner.get_range(version, start, length)
 
+    def read_into(self, version: ObjectVersion, start: int, buffers: Sequence[memoryview]) -> Iterator[int]:
+        """See `ObjectStore.read_into`. A body that breaks off (TRUNCATED, RESET) gives half of its pieces first."""
+        fault = self._wait_for(Operation.GET, version.key)
+        if fault is not None and fault.kind in (Kind.TRUNCATED, Kind.RESET):
+            yield from self.inner.read_into(version, start, buffers[: len(buffers) // 2]) if len(buffers) > 1 else ()
+        if fault is not None:
+            raise _failure(fault, Operation.GET, version.key)
+        yield from self.inner.read_into(version, start, buffers)
+
     def head(self, key: str) -> ObjectInfo:
         """See `ObjectStore.head`."""
         self._suffer(Operation.HEAD, key)
@@ -160,11 +169,17 @@ class FaultStore:
         self.inner.close()
 
     def _suffer(self, operation: Operation, key: str) -> None:
+        fault = self._wait_for(operation, key)
+        if fault is not None:
+            raise _failure(fault, operation, key)
+
+    def _wait_for(self, operation: Operation, key: str) -> Fault | None:
+        """Suffer the delays of a call; returns the fault that ends it, if any."""
         for fault in self.plan.faults_of(operation, key):
-            if fault.kind is Kind.DELAY:
-                self._closed.wait(fault.delay_s)
-            else:
-                raise _failure(fault, operation, key)
+            if fault.kind is not Kind.DELAY:
+                return fault
+            self._closed.wait(fault.delay_s)
+        return None
 
 
 def _failure(fault: Fault, operation: Operation, key: str) -> CachefsError:

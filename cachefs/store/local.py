@@ -19,7 +19,7 @@ import os
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from cachefs.errors import (
     AccessDenied,
@@ -137,22 +137,31 @@ class LocalStore:
 
     def get_range(self, version: ObjectVersion, start: int, length: int) -> bytes | memoryview:
         """See `ObjectStore.get_range`."""
+        body = memoryview(bytearray(max(length, 0)))
+        for _ in self.read_into(version, start, [body]):
+            pass
+        return body
+
+    def read_into(self, version: ObjectVersion, start: int, buffers: Sequence[memoryview]) -> Iterator[int]:
+        """See `ObjectStore.read_into`."""
+        length = sum(map(len, buffers))
         if start < 0 or length <= 0 or start + length > version.size:
             raise BadBody(f"{version.key!r} has {version.size} bytes, not {length} from {start}", retryable=False)
         self._require_open()
         try:
             with self._opened(version.key) as descriptor:
                 self._require_version(descriptor, version)
-                body = _pread(descriptor, start, length)
-                self._require_version(descriptor, version)
+                for count, buffer in enumerate(buffers, 1):
+                    if _pread_into(descriptor, start, buffer) != len(buffer):
+                        raise BadBody(f"{version.key!r} ends before byte {start + len(buffer)}")
+                    self._require_version(descriptor, version)
+                    start += len(buffer)
+                    yield count
         except NotFound as error:
             raise StaleObject(str(error)) from error
         except OSError as error:
             found = _translate(error, version.key)
             raise (StaleObject(str(found)) if isinstance(found, NotFound) else found) from error
-        if len(body) != length:
-            raise BadBody(f"{version.key!r} gave {len(body)} bytes instead of {length}")
-        return body
 
     def head(self, key: str) -> ObjectInfo:
         """See `ObjectStore.head`."""
@@ -312,15 +321,15 @@ def _described(key: str, found: os.stat_result) -> ObjectInfo:
     return ObjectInfo(key, found.st_size, etag, found.st_mtime_ns)
 
 
-def _pread(descriptor: int, start: int, length: int) -> bytes:
-    """Read until `length` bytes are there or the file ends."""
-    body = os.pread(descriptor, length, start)
-    while 0 < len(body) < length:
-        more = os.pread(descriptor, length - len(body), start + len(body))
-        if not more:
+def _pread_into(descriptor: int, start: int, buffer: memoryview) -> int:
+    """Read until the buffer is full or the file ends; returns the bytes read."""
+    at = 0
+    while at < len(buffer):
+        count = os.preadv(descriptor, [buffer[at:]], start + at)
+        if not count:
             break
-        body += more
-    return body
+        at += count
+    return at
 
 
 def _translate(error: OSError, key: str) -> CachefsError:

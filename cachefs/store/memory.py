@@ -11,11 +11,11 @@ import bisect
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cachefs.errors import BadBody, BucketNotFound, NotFound, StaleObject, StorageUnavailable
-from cachefs.store.port import ListPage, ObjectInfo
+from cachefs.store.port import ListPage, ObjectInfo, pieces_of
 from cachefs.types import ObjectVersion
 
 _SECOND_NS = 1_000_000_000
@@ -101,6 +101,10 @@ class MemoryStore:
         if start < 0 or length <= 0 or start + length > version.size:
             raise BadBody(f"{version.key!r} has {version.size} bytes, not {start}+{length}", retryable=False)
         return stored.body[start : start + length]
+
+    def read_into(self, version: ObjectVersion, start: int, buffers: Sequence[memoryview]) -> Iterator[int]:
+        """See `ObjectStore.read_into`."""
+        return pieces_of(self.get_range(version, start, sum(map(len, buffers))), buffers)
 
     def head(self, key: str) -> ObjectInfo:
         """See `ObjectStore.head`."""

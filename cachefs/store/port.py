@@ -6,7 +6,7 @@ Retries are not in here: `cachefs.store.retry.RetryingStore` wraps any implement
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -72,6 +72,15 @@ class ObjectStore(Protocol):
         """
         ...
 
+    def read_into(self, version: ObjectVersion, start: int, buffers: Sequence[memoryview]) -> Iterator[int]:
+        """Fill the buffers, one after the other, with the bytes of exactly this version from byte `start` on.
+
+        One request; yields the number of buffers that are full after each of them, so that the caller can use a piece
+        while the next one is on its way (and name the same memory again further on). A buffer whose number was not
+        yielded holds anything. Raises as `get_range`, before the first or after any piece.
+        """
+        ...
+
     def head(self, key: str) -> ObjectInfo:
         """Return size, etag, time and user metadata of the object now behind `key`.
 
@@ -89,3 +98,12 @@ class ObjectStore(Protocol):
     def close(self) -> None:
         """Release connections. Further calls raise StorageUnavailable."""
         ...
+
+
+def pieces_of(body: bytes | memoryview, buffers: Sequence[memoryview]) -> Iterator[int]:
+    """Do what `ObjectStore.read_into` does with a range that is in memory already."""
+    rest = memoryview(body)
+    for count, buffer in enumerate(buffers, 1):
+        buffer[:] = rest[: len(buffer)]
+        rest = rest[len(buffer) :]
+        yield count

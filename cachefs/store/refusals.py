@@ -32,6 +32,8 @@ _UNKNOWN_KEYS = {
     "AccountProblem": "says that there is a problem with the account",
     "NotSignedUp": "says that the account has not signed up for S3",
 }
+# Those that other keys may cure: the ones in use were replaced, or their time is over.
+_OTHER_KEYS = frozenset(_UNKNOWN_KEYS) - {"RequestTimeTooSkewed", "AccountProblem", "NotSignedUp"}
 _SLOW_DOWN = frozenset({"SlowDown", "Throttling", "ThrottlingException", "TooManyRequests", "RequestLimitExceeded"})
 _OTHER_REGION = frozenset(
     {"PermanentRedirect", "TemporaryRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
@@ -66,6 +68,11 @@ class Refusal:
     def elsewhere(self) -> bool:
         """Whether the bucket lives in another region than the request was made for."""
         return self.status in (301, 307, 308) or (self.status == 400 and self.code in _OTHER_REGION)
+
+    @property
+    def about_keys(self) -> bool:
+        """Whether it says that the keys are not good; without a code (HEAD has no body) whether it may say so."""
+        return self.code in _OTHER_KEYS or (not self.code and self.status in (400, 401, 403))
 
 
 def error_of(refusal: Refusal, *, bucket: str, endpoint: str, key: str | None) -> CachefsError:

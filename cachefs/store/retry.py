@@ -9,19 +9,22 @@
   most likely outlive it, judging by how long the last one took. So the wait ends near the deadline, not at twice it.
 * The permit is given back during the wait, so a request that backs off does not keep others out.
 * `close()` ends all waits at once.
+* An outage is one line in so many seconds, with the number of requests that met it, and not a line for each of them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from cachefs.errors import CachefsError, StorageUnavailable
+from cachefs.logs import ThrottledWarning
 from cachefs.store.counters import StoreCounters
 from cachefs.store.limiter import AimdLimiter
 from cachefs.store.port import ListPage, ObjectInfo, ObjectStore
@@ -30,6 +33,9 @@ from cachefs.types import ObjectVersion
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+REPORT_S = 10.0
+"""How often retries of one store are said, at each log level."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,9 +76,11 @@ class RetryingStore:
     ) -> None:
         self.inner = inner
         self.policy = policy if policy is not None else RetryPolicy()
+        self.max_requests = max_requests
         self.counters = StoreCounters()
         self.limiter = AimdLimiter(max_requests, clock=clock)
         self._clock = clock
+        self._reports = {level: ThrottledWarning(REPORT_S) for level in (logging.INFO, logging.WARNING)}
         self._closed = threading.Event()
 
     @property
@@ -95,6 +103,25 @@ class RetryingStore:
         self.counters.received(len(body))
         return body
 
+    def read_into(self, version: ObjectVersion, start: int, buffers: Sequence[memoryview]) -> Iterator[int]:
+        """See `ObjectStore.read_into`. A body that breaks off is asked for again from the first missing piece on.
+
+        The deadline is for each piece: a range that makes progress may take longer.
+        """
+        done = 0
+        attempts = _Attempts(self, "get", version.key)
+        while done < len(buffers):
+            try:
+                with self._permit("get", attempts.begin()):
+                    for _ in self.inner.read_into(version, start, buffers[done:]):
+                        self.counters.received(len(buffers[done]))
+                        start += len(buffers[done])
+                        done += 1
+                        yield done
+                        attempts.progress()
+            except StorageUnavailable as error:
+                attempts.wait_after(error)
+
     def head(self, key: str) -> ObjectInfo:
         """See `ObjectStore.head`."""
         return self._call("head", key, lambda: self.inner.head(key))
@@ -114,34 +141,27 @@ class RetryingStore:
         self.inner.close()
 
     def _call(self, operation: str, key: str, request: Callable[[], T]) -> T:
-        started = self._clock()
-        attempt = 0
+        attempts = _Attempts(self, operation, key)
         while True:
-            attempt += 1
-            sent = self._clock()
             try:
-                return self._once(operation, request, max(0.0, self.policy.deadline_s - (sent - started)))
+                return self._once(operation, request, attempts.begin())
             except StorageUnavailable as error:
-                if not error.retryable:
-                    raise
-                now = self._clock()
-                left = self.policy.deadline_s - (now - started) - (now - sent)
-                wait = self.policy.wait_s(attempt, error.retry_after_s, left)
-                if wait is None:
-                    raise _given_up(error, attempt, now - started) from error
-                _note(operation, key, attempt, wait, error)
-                if self._closed.wait(wait):
-                    raise StorageUnavailable("the store is closed", retryable=False) from error
-                self.counters.retried()
+                attempts.wait_after(error)
 
     def _once(self, operation: str, request: Callable[[], T], timeout_s: float) -> T:
+        with self._permit(operation, timeout_s):
+            return request()
+
+    @contextlib.contextmanager
+    def _permit(self, operation: str, timeout_s: float) -> Iterator[None]:
+        """Have a request in flight; it is counted, and the limiter learns how it ended."""
         permit = self.limiter.acquire(timeout_s)
         give_back: Callable[..., object] = self.limiter.failed
         try:
             self.counters.sent(operation)
-            answer = request()
+            yield
             give_back = self.limiter.succeeded
-            return answer
+            self.counters.answered()
         except CachefsError as error:
             throttled = isinstance(error, StorageUnavailable) and error.throttled
             if throttled:
@@ -151,11 +171,61 @@ class RetryingStore:
         finally:
             give_back(permit)
 
+    def now(self) -> float:
+        """Return the time by the clock of this store."""
+        return self._clock()
 
-def _note(operation: str, key: str, attempt: int, wait: float, error: StorageUnavailable) -> None:
-    """Log a retry: a single one is normal with any store, the third of one request is worth a person's eye."""
-    level = {1: logging.DEBUG, 2: logging.INFO}.get(attempt, logging.WARNING)
-    log.log(level, "%s %r failed, attempt %d, next in %.2f s: %s", operation.upper(), key, attempt, wait, error)
+    def pause(self, seconds: float, cause: StorageUnavailable) -> None:
+        """Wait before a request is sent again. Raises StorageUnavailable when the store is closed meanwhile."""
+        if self._closed.wait(seconds):
+            raise StorageUnavailable("the store is closed", retryable=False) from cause
+        self.counters.retried()
+
+    def note(self, operation: str, key: str, attempt: int, wait: float, error: StorageUnavailable) -> None:
+        """Log a retry: a single one is normal with any store, the third of one request is worth a person's eye.
+
+        While a store is away, every request comes to its third attempt: one of them speaks for all.
+        """
+        level, more = {1: logging.DEBUG, 2: logging.INFO}.get(attempt, logging.WARNING), ""
+        if level in self._reports:
+            due = self._reports[level].due(self._clock())
+            level, more = (logging.DEBUG, "") if due is None else (level, due)
+        text = f"attempt {attempt}, next in {wait:.2f} s: {error}{more}"
+        log.log(level, "%s %r of %s failed, %s", operation.upper(), key, self.bucket, text)
+
+
+class _Attempts:
+    """The attempts of one call: how long the next one may take, and how long to wait before it."""
+
+    def __init__(self, store: RetryingStore, operation: str, key: str) -> None:
+        self._store = store
+        self._operation = operation
+        self._key = key
+        self._count = 0
+        self._started = self._sent = store.now()
+
+    def begin(self) -> float:
+        """Begin one more attempt; returns how many seconds are left for getting a permit."""
+        self._count += 1
+        self._sent = self._store.now()
+        return max(0.0, self._store.policy.deadline_s - (self._sent - self._started))
+
+    def progress(self) -> None:
+        """A part of the answer has come: what is missing has all of the time again."""
+        self._started = self._sent = self._store.now()
+        self._count = 1
+
+    def wait_after(self, error: StorageUnavailable) -> None:
+        """Wait before the next attempt, or raise when there must be none."""
+        if not error.retryable:
+            raise error
+        store, now = self._store, self._store.now()
+        left = store.policy.deadline_s - (now - self._started) - (now - self._sent)
+        wait = store.policy.wait_s(self._count, error.retry_after_s, left)
+        if wait is None:
+            raise _given_up(error, self._count, now - self._started) from error
+        store.note(self._operation, self._key, self._count, wait, error)
+        store.pause(wait, error)
 
 
 def _given_up(error: StorageUnavailable, attempts: int, elapsed_s: float) -> StorageUnavailable:

@@ -2,6 +2,8 @@
 
     get_range, head --+-- obstore (Rust; 0.2 ms of CPU)        keys that survive its path rules
                       +-- SignedRequests (botocore, urllib3)   other keys; while the server throttles; other regions
+    read_into ------------ SignedRequests                      long ranges: half of obstore's CPU per byte, which hands
+                                                               over a range in one piece and at its end
     list_page, check  ---- SignedRequests + expat
 
 obstore shows an error as text only, so two things need the other way: Retry-After (after a 503, requests go the slower
@@ -17,23 +19,23 @@ methods may be called from any thread; they block.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from email.utils import parsedate_to_datetime
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, NoReturn
 
 from cachefs.config import S3Config
-from cachefs.errors import BadBody, CachefsError, ConfigError, NotFound, StaleObject, StorageUnavailable
+from cachefs.errors import BadBody, CachefsError, NotFound, StaleObject, StorageUnavailable
+from cachefs.store import obstore_client
 from cachefs.store.address import Address
 from cachefs.store.credentials import CredentialSource
 from cachefs.store.listing import MOST_BYTES, list_query, parse_etag, parse_page, quote_etag, whole_seconds_ns
-from cachefs.store.port import ListPage, ObjectInfo
+from cachefs.store.port import ListPage, ObjectInfo, pieces_of
 from cachefs.store.refusals import Refusal, error_of
-from cachefs.store.signed import USER_AGENT, Answer, SignedRequests, proxies_of
+from cachefs.store.signed import Answer, OpenAnswer, SignedRequests, proxies_of
 from cachefs.store.source import parse_source
 from cachefs.types import ObjectVersion
 
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 
 _CAREFUL_S = 10.0
 """For how long after a throttled answer requests go the way that sees Retry-After."""
+STREAMED_BYTES = 1 << 20
+"""Ranges from this length on are read piece by piece."""
 _STATUS = re.compile(r"status code: (\d{3})")
 _META = "x-amz-meta-"
 
@@ -57,7 +61,7 @@ class S3Store:
             environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL") or ""
         )
         self._proxies = proxies_of(environment)
-        self._certificates = _read_certificates(config.ca_bundle)
+        self._certificates = obstore_client.read_certificates(config.ca_bundle)
         self._credentials = CredentialSource(config, environment)
         self._requests = SignedRequests(config, environment, self._credentials)
         # The region does not matter for the identity, except that it may need a profile to be read: later.
@@ -65,6 +69,8 @@ class S3Store:
         self._lock = threading.Lock()
         self._address: Address | None = None
         self._obstore: obstore.store.S3Store | None = None
+        self._obstore_generation = 0
+        """Of the keys that obstore may keep to itself."""
         self._careful_until = 0.0
         self._closed = False
 
@@ -84,16 +90,27 @@ class S3Store:
 
     def get_range(self, version: ObjectVersion, start: int, length: int) -> bytes | memoryview:
         """See `ObjectStore.get_range`."""
-        if start < 0 or length <= 0 or start + length > version.size:
-            raise BadBody(f"{version.key!r} has {version.size} bytes, not {length} from {start}", retryable=False)
-        if not version.etag:
-            raise StorageUnavailable(f"{version.key!r} has no entity tag: it cannot be read safely", retryable=False)
+        _require_inside(version, start, length)
         if self._fast(version.key):
             try:
                 return self._get_fast(version, start, length)
             except _SlowWay:
                 pass
         return self._get_signed(version, start, length)
+
+    def read_into(self, version: ObjectVersion, start: int, buffers: Sequence[memoryview]) -> Iterator[int]:
+        """See `ObjectStore.read_into`."""
+        length = sum(map(len, buffers))
+        if length < STREAMED_BYTES:
+            yield from pieces_of(self.get_range(version, start, length), buffers)
+            return
+        _require_inside(version, start, length)
+        with self._opened_range(version, start, length) as answer:
+            for count, buffer in enumerate(buffers, 1):
+                answer.fill(buffer)
+                if count == len(buffers):
+                    answer.end()
+                yield count
 
     def head(self, key: str) -> ObjectInfo:
         """See `ObjectStore.head`."""
@@ -160,39 +177,65 @@ class S3Store:
         headers: Mapping[str, str] | None = None,
         most_bytes: int = 1 << 20,
     ) -> Answer:
-        """Send a signed request; once more when the answer names another region."""
-        address = self._where()
-        answer = self._requests.send(method, address.url(key, query), address.region, headers, most_bytes=most_bytes)
-        refusal = answer.refusal()
-        if refusal.elsewhere and refusal.region and refusal.region != address.region:
-            address = self._move(refusal.region)
-            answer = self._requests.send(
-                method, address.url(key, query), address.region, headers, most_bytes=most_bytes
-            )
-        return answer
+        """Send a signed request; once more when the answer names another region, or there are other keys by now."""
+        cures: set[str] = set()
+        while True:
+            address, generation = self._where(), self._credentials.generation
+            url = address.url(key, query)
+            answer = self._requests.send(method, url, address.region, headers, most_bytes=most_bytes)
+            if answer.status < 300 or not self._cured(answer.refusal(), address, generation, cures):
+                return answer
 
-    def _get_signed(self, version: ObjectVersion, start: int, length: int) -> bytes:
+    def _cured(self, refusal: Refusal, address: Address, generation: int, cures: set[str]) -> bool:
+        """Do what may make the same request succeed, each cure once; returns whether to send it again."""
+        if refusal.elsewhere and refusal.region not in ("", address.region) and "region" not in cures:
+            cures.add("region")
+            self._move(refusal.region)
+            return True
+        if refusal.about_keys and "keys" not in cures and self._credentials.renewed(generation):
+            cures.add("keys")
+            return True
+        return False
+
+    def _get_signed(self, version: ObjectVersion, start: int, length: int) -> memoryview:
+        body = memoryview(bytearray(length))
+        with self._opened_range(version, start, length) as answer:
+            answer.fill(body)
+            answer.end()
+        return body
+
+    @contextlib.contextmanager
+    def _opened_range(self, version: ObjectVersion, start: int, length: int) -> Iterator[OpenAnswer]:
+        """Ask for a range; what is left to do is to read the bytes. Asks again as `_send` does."""
         end = start + length
         headers = {"Range": f"bytes={start}-{end - 1}", "If-Match": quote_etag(version.etag)}
-        answer = self._send("GET", version.key, headers=headers, most_bytes=max(length, 64 << 10))
-        if answer.status == 416:
+        cures: set[str] = set()
+        while True:
+            address, generation = self._where(), self._credentials.generation
+            with self._requests.open("GET", address.url(version.key, ""), address.region, headers) as answer:
+                if answer.status == 206:
+                    found = re.match(r"bytes (\d+)-(\d+)/", answer.headers.get("content-range", ""))
+                    span = (int(found[1]), int(found[2]) + 1) if found else (-1, -1)
+                    _verify(version, (start, end), span, answer.headers.get("etag"), end - start)
+                    yield answer
+                    return
+                refusal = answer.whole(MOST_BYTES).refusal()
+            if not self._cured(refusal, address, generation, cures):
+                break
+        if refusal.status == 416:
             self._gone_or_bad(version)
-        if answer.status != 206:
-            self._refuse(answer.refusal(), version.key, version)
-        found = re.match(r"bytes (\d+)-(\d+)/", answer.headers.get("content-range", ""))
-        span = (int(found[1]), int(found[2]) + 1) if found else (-1, -1)
-        _verify(version, (start, end), span, answer.headers.get("etag"), len(answer.body))
-        return answer.body
+        self._refuse(refusal, version.key, version)
 
     # -- the fast way -------------------------------------------------------------------------------------------------
 
     def _fast(self, key: str) -> bool:
-        return _fits_obstore(key) and time.monotonic() >= self._careful_until
+        return obstore_client.fits(key) and time.monotonic() >= self._careful_until
 
     def _get_fast(self, version: ObjectVersion, start: int, length: int) -> memoryview:
         import obstore
 
         end = start + length
+        generation = self._credentials.generation
         store = self._opened()
         try:
             result = obstore.get(
@@ -201,19 +244,20 @@ class S3Store:
             found, span = result.meta, result.range
             body = memoryview(result.bytes())
         except Exception as error:  # noqa: BLE001 - obstore raises builtin and own classes; all are translated
-            self._fail_fast(error, version.key, version)
+            self._fail_fast(error, generation, version.key, version)
         _verify(version, (start, end), span, found["e_tag"], len(body))
         return body
 
     def _head_fast(self, key: str) -> ObjectInfo:
         import obstore
 
+        generation = self._credentials.generation
         store = self._opened()
         try:
             result = obstore.get(store, key, options={"head": True})
             found, attributes = result.meta, result.attributes
         except Exception as error:  # noqa: BLE001 - see _get_fast
-            self._fail_fast(error, key)
+            self._fail_fast(error, generation, key)
         etag = found["e_tag"]
         if not etag:
             raise BadBody(f"the answer to HEAD of {key!r} has no entity tag")
@@ -225,54 +269,28 @@ class S3Store:
         """Return obstore's client, and make sure that there are credentials: here their errors have a name."""
         if not self._config.anonymous:
             self._credentials.current()
-        store = self._obstore
-        if store is not None:
+        store, generation = self._obstore, self._credentials.generation
+        if store is not None and self._obstore_generation == generation:
             return store
         address = self._where()
         with self._lock:
             if self._closed:
                 raise StorageUnavailable("the store is closed", retryable=False)
-            if self._obstore is None:
-                self._obstore = self._new_obstore(self._address or address)
+            if self._obstore is None or self._obstore_generation != generation:
+                self._obstore_generation = generation
+                self._obstore = obstore_client.new_client(
+                    self._config,
+                    self._bucket,
+                    self._address or address,
+                    certificates=self._certificates,
+                    proxies=self._proxies,
+                    credentials=None if self._config.anonymous else self._credentials.for_obstore,
+                )
             return self._obstore
-
-    def _new_obstore(self, address: Address) -> obstore.store.S3Store:
-        from obstore.store import S3Store as ObstoreS3
-
-        config = self._config
-        client: dict[str, Any] = {
-            "allow_http": not address.secure,
-            "timeout": f"{int(config.request_timeout_s * 1000)}ms",
-            "connect_timeout": f"{int(config.connect_timeout_s * 1000)}ms",
-            "user_agent": USER_AGENT,
-        }
-        if self._certificates is not None:
-            client["root_certificate"] = self._certificates
-        parts = urlsplit(address.service_url)
-        if proxy := self._proxies.of(parts.scheme, parts.netloc):
-            client["proxy_url"] = proxy
-        # What is left out here, obstore takes from the AWS_* variables of this process, which are not the mount's;
-        # AWS_ENDPOINT_URL_S3 would even win over `endpoint`.
-        options: dict[str, Any] = {
-            "aws_endpoint_url_s3": address.bucket_host_url,
-            "skip_signature": config.anonymous,
-            "request_payer": False,
-        }
-        if not config.anonymous:
-            options["credential_provider"] = self._credentials.for_obstore
-        return ObstoreS3(
-            self._bucket,
-            endpoint=address.bucket_host_url,
-            region=address.region,
-            virtual_hosted_style_request=address.virtual_host,
-            client_options=client,  # type: ignore[arg-type]
-            retry_config={"max_retries": 0},
-            **options,
-        )
 
     # -- errors -------------------------------------------------------------------------------------------------------
 
-    def _fail_fast(self, error: Exception, key: str, version: ObjectVersion | None = None) -> NoReturn:
+    def _fail_fast(self, error: Exception, generation: int, key: str, version: ObjectVersion | None = None) -> NoReturn:
         """Translate what obstore raised; it puts status and body of the answer into its message."""
         if isinstance(error, CachefsError):
             raise error
@@ -283,9 +301,9 @@ class S3Store:
         if status is None:
             if isinstance(error, FileNotFoundError):
                 self._refuse(Refusal(404, "NoSuchKey"), key, version, error)
-            raise _transport_error(self._where().service_url, key, text) from error
+            raise obstore_client.transport_error(self._where().service_url, key, text) from error
         refusal = Refusal.parse(int(status[1]), text)
-        if refusal.elsewhere:
+        if refusal.elsewhere or (refusal.about_keys and self._credentials.renewed(generation)):
             raise _SlowWay from error
         if refusal.status == 416 and version is not None:
             self._gone_or_bad(version)
@@ -317,11 +335,11 @@ class _SlowWay(Exception):
     """obstore cannot do this request; the signed way can."""
 
 
-def _fits_obstore(key: str) -> bool:
-    """Whether obstore asks for exactly this key: it refuses control characters and normalises slashes."""
-    if not key.isprintable() or "status code" in key or "<" in key:
-        return False  # its messages quote the key, and are searched for a status and <Code>
-    return not any(part in ("", ".", "..") for part in key.split("/"))
+def _require_inside(version: ObjectVersion, start: int, length: int) -> None:
+    if start < 0 or length <= 0 or start + length > version.size:
+        raise BadBody(f"{version.key!r} has {version.size} bytes, not {length} from {start}", retryable=False)
+    if not version.etag:
+        raise StorageUnavailable(f"{version.key!r} has no entity tag: it cannot be read safely", retryable=False)
 
 
 def _verify(
@@ -332,32 +350,3 @@ def _verify(
         raise BadBody(f"the answer for {version.key!r} is of another version")
     if tuple(span) != wanted or received != wanted[1] - wanted[0]:
         raise BadBody(f"the answer for {version.key!r} is {received} bytes of {span}, not the range {wanted}")
-
-
-_REASONS = (
-    ("ConnectionRefused", "connection refused"),
-    ("dns error", "its name is unknown"),
-    ("ConnectionReset", "connection reset"),
-    ("InvalidCertificate", "its certificate is not trusted, use --ca-bundle"),
-    ("TimedOut", "no answer in time"),
-    ("Timeout", "no answer in time"),
-)
-
-
-def _transport_error(endpoint: str, key: str, text: str) -> StorageUnavailable:
-    reason = next((words for mark, words in _REASONS if mark in text), "")
-    if not reason and ("body error" in text or "non-partial" in text):
-        return BadBody(f"the answer of {endpoint} for {key!r} is broken or ended early")
-    return StorageUnavailable(f"endpoint {endpoint} does not answer for {key!r} ({reason or 'connection broken'})")
-
-
-def _read_certificates(path: str) -> bytes | None:
-    if not path:
-        return None
-    try:
-        pem = Path(path).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"the CA bundle {path!r} cannot be read: {error.strerror}") from error
-    if b"-----BEGIN CERTIFICATE-----" not in pem:
-        raise ConfigError(f"the CA bundle {path!r} holds no certificate in PEM form")
-    return pem

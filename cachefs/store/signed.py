@@ -15,6 +15,7 @@ Thread-safe. botocore and urllib3 are imported on first use.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import threading
 import time
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 
 USER_AGENT = f"cachefs/{cachefs.__version__}"
 _PIECE = 256 << 10
+_RECORD = 16 << 10
+QUICK_S = 0.1
+"""A record that comes in this time is from a server that does not drip."""
 _EMPTY_SHA256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
 
@@ -54,6 +58,62 @@ class Answer:
             region=self.headers.get("x-amz-bucket-region", ""),
             retry_after=self.headers.get("retry-after", ""),
         )
+
+
+class OpenAnswer:
+    """An answer whose body is still on its way. Its time is counted from when the request was sent."""
+
+    def __init__(self, response: urllib3.BaseHTTPResponse, deadline: float) -> None:
+        self.status = response.status
+        self.headers: Mapping[str, str] = {name.lower(): value for name, value in response.headers.items()}
+        self.ended = False
+        """Whether the body was read to its end."""
+        self._response = response
+        self._deadline = deadline
+        self._quick = False
+
+    def whole(self, most_bytes: int) -> Answer:
+        """Return the answer with all of its body, which raises in urllib3 if it is shorter than announced."""
+        pieces = []
+        size = 0
+        while piece := self._next(_PIECE):
+            size += len(piece)
+            if size > most_bytes:
+                raise BadBody(f"the answer is longer than the {most_bytes} bytes that were asked for")
+            pieces.append(piece)
+        self.ended = True
+        return Answer(self.status, self.headers, b"".join(pieces))
+
+    def fill(self, buffer: memoryview) -> None:
+        """Fill the buffer with the next bytes of the body. Raises BadBody when it ends before."""
+        at, size = 0, len(buffer)
+        while at < size:
+            piece = self._next(min(_PIECE, size - at))
+            if not piece:
+                raise BadBody("the answer ended early")
+            buffer[at : at + len(piece)] = piece
+            at += len(piece)
+
+    def end(self) -> None:
+        """Make sure that the body ends here. Raises BadBody when it does not."""
+        if self._next(1):
+            raise BadBody("the answer is longer than announced")
+        self.ended = True
+
+    def _next(self, most: int) -> bytes:
+        """Return what comes next, b"" at the end.
+
+        What is there now is all that is asked of a slow server, so that one that drips is noticed at each drop. A
+        quick one is asked for as much as fits: TLS comes in records of 16 KiB, and a call for each costs half as much
+        again.
+        """
+        began = time.monotonic()
+        piece: bytes = self._response.read(most) if self._quick else self._response.read1(most)
+        now = time.monotonic()
+        if now > self._deadline:
+            raise StorageUnavailable("the answer took too long")
+        self._quick = now - began < QUICK_S and len(piece) >= min(most, _RECORD)
+        return piece
 
 
 class SignedRequests:
@@ -81,6 +141,17 @@ class SignedRequests:
         Raises BadBody for more than `most_bytes` and for a truncated answer, StorageUnavailable when none comes,
         CredentialsError when it cannot be signed, ConfigError for a certificate that is not trusted.
         """
+        with self.open(method, url, region, headers) as opened:
+            return opened.whole(most_bytes)
+
+    @contextlib.contextmanager
+    def open(
+        self, method: str, url: str, region: str, headers: Mapping[str, str] | None = None
+    ) -> Iterator[OpenAnswer]:
+        """Send one request without a body; the answer's body is read within `with`. Raises as `send`.
+
+        The connection is used again if the body was read to its end.
+        """
         import urllib3
 
         parts = urllib.parse.urlsplit(url)
@@ -100,17 +171,18 @@ class SignedRequests:
                 preload_content=False,
                 decode_content=False,
             )
+            opened = OpenAnswer(response, deadline)
             try:
-                body = _read(response, deadline, most_bytes)
-            except BaseException:
-                response.close()
-                raise
-            response.release_conn()
+                yield opened
+            finally:
+                if opened.ended:
+                    response.release_conn()
+                else:
+                    response.close()
         except urllib3.exceptions.HTTPError as error:
             raise _unreachable(endpoint, error) from error
         except OSError as error:
             raise StorageUnavailable(f"the connection to {endpoint} broke ({_reason(error)})") from error
-        return Answer(response.status, {name.lower(): value for name, value in response.headers.items()}, body)
 
     def close(self) -> None:
         """Close idle connections; those in use close when their request ends."""
@@ -158,20 +230,6 @@ class SignedRequests:
             options["ca_certs"] = config.ca_bundle
         pools = urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
         return pools.connection_from_host(host, parts.port, parts.scheme)
-
-
-def _read(response: urllib3.BaseHTTPResponse, deadline: float, most_bytes: int) -> bytes:
-    """Read the whole body within its time and size. A body shorter than its Content-Length raises in urllib3."""
-    pieces = []
-    size = 0
-    while piece := response.read(_PIECE):
-        size += len(piece)
-        if size > most_bytes:
-            raise BadBody(f"the answer is longer than the {most_bytes} bytes that were asked for")
-        if time.monotonic() > deadline:
-            raise StorageUnavailable("the answer took too long")
-        pieces.append(piece)
-    return b"".join(pieces)
 
 
 def _unreachable(endpoint: str, error: Exception) -> StorageUnavailable | ConfigError:

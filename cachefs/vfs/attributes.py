@@ -66,8 +66,12 @@ class AttributeRules:
             self.gid if inode.gid is None else inode.gid,
         )
 
-    def of_dentry(self, dentry: Dentry) -> Attributes:
-        """Return the attributes of a directory entry, which carries all that a listing knows."""
+    def of_dentry(self, dentry: Dentry, inode: Inode | None = None) -> Attributes:
+        """Return the attributes of a directory entry, which carries all that a listing knows; `inode`: of one that has
+        attributes of its own, so that a listing says of it what a look-up says.
+        """
+        if inode is not None:
+            return self.of_inode(inode)
         mode = self.dir_mode if dentry.kind is FileKind.DIRECTORY else self.file_mode
         # nlink 1 also for directories: 2 would tell find(1) that a directory has no sub-directories.
         return Attributes(dentry.ino, mode, dentry.size, dentry.mtime_ns, 1, self.uid, self.gid)

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from cachefs import errors
 from cachefs.types import NAME_MAX, FileKind, Ino, Tier, block_count
 from cachefs.vfs.attributes import FOREVER_S, AttributeRules, Attributes
-from cachefs.vfs.ports import AgentPort
-from cachefs.vfs.reading import FileView, ReadPath
+from cachefs.vfs.failures import Failures
+from cachefs.vfs.ports import AgentPort, FilledBlock, ListingProgress
+from cachefs.vfs.reading import MAX_TOUCHED, FileView, ReadPath
 from metadata.freshness import Absent, Freshness, Known
 from metadata.records import Dentry, Directory
 
@@ -31,9 +32,6 @@ LISTING_TRIES = 3
 than the one that we read, asking on would be a loop without end.
 """
 STRICT_DIRECTORY_S = 1.0
-FAILURE_S = 1.0
-"""For how long a failed read is remembered for the one repetition that the kernel makes."""
-MAX_FAILURES = 1024
 VIRTUAL_BYTES = 1 << 50
 """What statfs calls the size of a bucket, which has none: 1 PiB."""
 VIRTUAL_FILES = 1 << 40
@@ -66,10 +64,11 @@ class FileSystem:
         self._freshness = freshness
         self._rules = rules
         self._clock_ns = clock_ns
-        self._failures: dict[tuple[int, int], tuple[float, str]] = {}
-        """Reads that failed: until when, and why."""
+        self._failures = Failures()
         self.copied_hits = self.copied_hit_bytes = self.copied_misses = self.copied_miss_bytes = 0
         """What went through `read`; reads of the channel are counted there."""
+        self.touched: set[bytes] = set()
+        """Blocks that `read` found in the shm tier, since somebody last took this away."""
 
     # -- names
     # ----------------------------------------------------------------------------------------------------------
@@ -97,7 +96,7 @@ class FileSystem:
         known = self.lookup_known(parent, name)
         if known is not None:
             return known
-        found = await self._agent.resolve(parent, name)
+        found = await self._failures.asking(lambda: self._agent.resolve(parent, name), (parent, name))
         if found.ino is None:
             return None, found.valid_s
         inode = self.reads.names.inode(found.ino)
@@ -128,38 +127,46 @@ class FileSystem:
     # -------------------------------------------------------------------------------------------------------
 
     def listing_generation(self, ino: Ino) -> int | None:
-        """Return the generation of a directory's listing that the kernel may keep: complete, valid and not empty.
+        """Return the generation of a directory's listing that the kernel may keep: complete and valid.
 
-        The kernel drops its copy of a listing with the pages that hold it, and an empty one has none: it would stay
-        empty for as long as the directory's mtime does not change, whatever the next opendir says.
+        (The kernel drops its copy of a listing with the pages that hold it. Only because of "." and ".." has that of an
+        empty directory any; without them it would stay empty.) A listing that was changed since (a name of it was asked
+        for by itself) is not the one that the generation stands for.
         """
         directory = self.reads.names.directory(ino)
-        if directory is None or not directory.complete or not directory.entries:
+        if directory is None or not directory.complete:
+            return None
+        if directory.changed_ns > directory.listed_ns:
             return None
         if not self._freshness.listing(directory, self._clock_ns()):
             return None
         return directory.generation
 
-    async def entries(self, ino: Ino, after: Ino | None, limit: int = READDIR_BATCH) -> list[Dentry]:
+    async def entries(
+        self, ino: Ino, after: Ino | None, limit: int = READDIR_BATCH, *, begun: bool = False
+    ) -> list[Dentry]:
         """Return up to `limit` entries after the entry with inode `after` (None: from the start); [] at the end.
 
         The first call for a directory, and every start in strict mode, has the listing made (again); while it is
-        being made, entries stream as its pages are committed. Raises NotFound, AccessDenied, StorageUnavailable.
+        being made, entries stream as its pages are committed. `begun`: this is no start, although no entry was seen
+        yet. Raises NotFound, AccessDenied, StorageUnavailable.
         """
         directory: Directory | None = self.reads.names.directory(ino)
-        if after is None and (directory is None or self._freshness.listing(directory, self._clock_ns()) is None):
-            await self._agent.list_directory(ino, None)
+        start = after is None and not begun
+        if start and (directory is None or self._freshness.listing(directory, self._clock_ns()) is None):
+            await self._list(ino, None)
         in_vain = 0
         while True:
-            # Completeness is read BEFORE the entries: what is committed between the two is seen, never missed.
-            directory = self.reads.names.directory(ino)
-            found = self.reads.names.scan(ino, after, limit)
+            directory, found, _ = self.reads.names.listing(ino, after, limit)
             if found or (directory is not None and directory.complete):
                 return found
             if in_vain >= LISTING_TRIES:
                 raise errors.StorageUnavailable(f"the listing of directory {ino} is complete, but it cannot be seen")
-            progress = await self._agent.list_directory(ino, directory.frontier if directory is not None else None)
+            progress = await self._list(ino, directory.frontier if directory is not None else None)
             in_vain += progress.complete
+
+    async def _list(self, ino: Ino, seen: bytes | None) -> ListingProgress:
+        return await self._failures.asking(lambda: self._agent.list_directory(ino, seen), (ino, None))
 
     def entries_known(
         self, ino: Ino, after: Ino | None, limit: int
@@ -168,8 +175,8 @@ class FileSystem:
 
         None: the listing has to be made (`entries`).
         """
-        directory = self.reads.names.directory(ino)
-        if directory is None or not directory.complete:
+        directory, entries, own = self.reads.names.listing(ino, after, limit)
+        if directory is None:
             return None
         now_ns = self._clock_ns()
         listed_s = self._freshness.listing(directory, now_ns)
@@ -178,9 +185,9 @@ class FileSystem:
         found = []
         directory_s = self._freshness.found_s(now_ns, now_ns) or STRICT_DIRECTORY_S
         of_dentry = self._rules.of_dentry
-        for dentry in self.reads.names.scan(ino, after, limit):
+        for dentry in entries:
             attributes_s = FOREVER_S if dentry.kind is FileKind.FILE else directory_s
-            found.append((of_dentry(dentry), dentry.name, listed_s, attributes_s))
+            found.append((of_dentry(dentry, own.get(dentry.ino)), dentry.name, listed_s, attributes_s))
         return found
 
     def listed_s(self, ino: Ino) -> float:
@@ -191,7 +198,8 @@ class FileSystem:
     def of_dentry(self, dentry: Dentry, listed_s: float) -> tuple[Attributes, float]:
         """Return the attributes of an entry of a listing, and for how long the kernel may keep the name."""
         found_s = self._freshness.found_s(dentry.checked_ns, self._clock_ns()) or 0.0
-        return self._rules.of_dentry(dentry), max(found_s, listed_s)
+        inode = self.reads.names.inode(dentry.ino) if dentry.own else None
+        return self._rules.of_dentry(dentry, inode), max(found_s, listed_s)
 
     # -- reads
     # ----------------------------------------------------------------------------------------------------------
@@ -199,22 +207,41 @@ class FileSystem:
     async def with_blocks(self, view: FileView, start: int, end: int, use: Callable[[list[memoryview]], None]) -> None:
         """Get the bytes `start` to `end` of a file and call `use` with them while they are pinned (no copy).
 
-        A read-ahead of the kernel that failed is followed by a read of its first page. Its reader has waited for the
-        store already, so that one fails at once; whoever comes next asks again.
-
         Raises StaleObject, AccessDenied, StorageUnavailable.
         """
-        place = view.ino, start >> self.reads.shift
-        failed = self._failures.pop(place, None)
-        if failed is not None and time.monotonic() < failed[0]:
-            raise errors.StorageUnavailable(failed[1])
-        try:
-            await self._with_filled(view, start, end, use)
-        except errors.StorageUnavailable as error:
-            if len(self._failures) >= MAX_FAILURES:
-                self._failures.clear()
-            self._failures[place] = time.monotonic() + FAILURE_S, str(error)
-            raise
+        blocks = self._blocks(view, start, end)
+        await self._failures.asking(lambda: self._with_filled(view, start, end, use), *blocks, length=end - start)
+
+    def _blocks(self, view: FileView, start: int, end: int) -> list[tuple[int, int]]:
+        shift = self.reads.shift
+        return [(view.ino, index) for index in range(start >> shift, ((end - 1) >> shift) + 1)]
+
+    def request_blocks(
+        self,
+        view: FileView,
+        start: int,
+        end: int,
+        use: Callable[[list[memoryview]], None],
+        otherwise: Callable[[errors.CachefsError | None], None],
+    ) -> bool:
+        """As `with_blocks`, without a task: two turns of the event loop less for a reader who waits. Any thread.
+
+        Returns False when it is not the usual case. Else calls, in the trio thread, `use`, or `otherwise` with what
+        `with_blocks` would raise or None: what was filled could not be used, `with_blocks` has to be asked.
+        """
+        reads = self.reads
+        first, last = start >> reads.shift, (end - 1) >> reads.shift
+        if reads.blocks is None or self._failures.among(view.ino, first, last):
+            return False
+
+        def take(outcome: list[FilledBlock] | errors.CachefsError) -> None:
+            if isinstance(outcome, errors.CachefsError):
+                self._failures.remember(outcome, *self._blocks(view, start, end), length=end - start)
+                otherwise(outcome)
+            elif not self._use_filled(view, start, end, outcome, use):
+                otherwise(None)
+
+        return self._agent.request_fill(view.ino, first, last - first + 1, take)
 
     async def _with_filled(self, view: FileView, start: int, end: int, use: Callable[[list[memoryview]], None]) -> None:
         reads = self.reads
@@ -222,20 +249,24 @@ class FileSystem:
         for attempt in range(FILL_TRIES):
             inline = reads.blocks is None or attempt == FILL_TRIES - 1
             filled = await self._agent.fill(view.ino, first, last - first + 1, inline=inline)
-            given = {block.index: block.payload for block in filled if block.payload is not None}
-            if reads.blocks is None:
-                slices = reads.views(_Nothing(), view, start, end, given)
-                if slices is not None:
-                    return use(slices)
-                continue
-            with reads.blocks.snapshot() as snapshot:
-                slices = reads.views(snapshot, view, start, end, given)
-                if slices is not None:
-                    return use(slices)
+            if self._use_filled(view, start, end, filled, use):
+                return
             # Evicted between the agent's commit and our look, or the agent has begun a new tier: ask again, and at last
             # for the bytes themselves.
             reads.refresh_blocks()
         raise errors.StorageUnavailable(f"blocks {first} to {last} of inode {view.ino} did not stay in the cache")
+
+    def _use_filled(
+        self, view: FileView, start: int, end: int, filled: list[FilledBlock], use: Callable[[list[memoryview]], None]
+    ) -> bool:
+        reads = self.reads
+        given = {block.index: block.payload for block in filled if block.payload is not None}
+        with _Nothing() if reads.blocks is None else reads.blocks.snapshot() as snapshot:
+            slices = reads.views(snapshot, view, start, end, given)
+            if slices is None:
+                return False
+            use(slices)
+            return True
 
     async def read(self, ino: Ino, offset: int, size: int) -> bytes:
         """Return up to `size` bytes from `offset` (fewer at the end of the file), for callers that want a copy."""
@@ -245,13 +276,15 @@ class FileSystem:
             return b""
         wish = self.note_read(view, offset, end - offset)
         if wish is not None:
-            await self.readahead(view, *wish)
+            self.readahead(view, *wish)
         if self.reads.blocks is not None:
             with self.reads.blocks.snapshot() as snapshot:
                 slices = self.reads.views(snapshot, view, offset, end)
                 if slices is not None:
                     self.copied_hits += 1
                     self.copied_hit_bytes += end - offset
+                    if len(self.touched) < MAX_TOUCHED:
+                        self.touched.update(self.reads.keys(view, offset, end))
                     return b"".join(slices)
         self.copied_misses += 1
         self.copied_miss_bytes += end - offset
@@ -268,12 +301,9 @@ class FileSystem:
         last = (min(ask[1], view.size) - 1) >> self.reads.shift
         return (first, last - first + 1) if last >= first else None
 
-    async def readahead(self, view: FileView, first: int, count: int) -> None:
-        """Pass a wish for blocks on to the agent; never raises."""
-        try:
-            await self._agent.readahead(view.ino, first, count)
-        except errors.CachefsError as error:
-            log.debug("readahead of inode %d not asked for: %s", view.ino, error)
+    def readahead(self, view: FileView, first: int, count: int) -> None:
+        """Pass a wish for blocks on to the agent. Any thread."""
+        self._agent.readahead(view.ino, first, count)
 
     # -- extended attributes and statfs
     # ---------------------------------------------------------------------------------
@@ -299,14 +329,20 @@ class FileSystem:
         inode = self.reads.names.inode(ino)
         return XATTRS if inode is not None and inode.kind is FileKind.FILE else XATTRS[1:2]
 
-    async def usage(self) -> Usage:
-        """Return the figures of statfs(2)."""
-        used, objects = await self._agent.usage()
+    def usage(self) -> Usage:
+        """Return the figures of statfs(2), from what the memory map says: df(1) looks at every mount of a machine."""
+        used, objects = self.reads.names.counts()
         return Usage(4096, VIRTUAL_BYTES, max(VIRTUAL_BYTES - used, 0), VIRTUAL_FILES, VIRTUAL_FILES - objects)
 
 
 class _Nothing:
     """A snapshot of a tier that is off."""
+
+    def __enter__(self) -> _Nothing:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Nothing is open."""
 
     def get(self, key: bytes) -> memoryview | None:
         """Return None for every key."""

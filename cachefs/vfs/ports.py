@@ -4,9 +4,11 @@ a plain object.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from cachefs import errors
 from cachefs.types import Ino, Tier
 
 
@@ -67,14 +69,20 @@ class AgentPort(Protocol):
         """
         ...
 
-    async def readahead(self, ino: Ino, first: int, count: int) -> None:
-        """Say that these blocks will be wanted soon. Returns at once and never raises for the store's sake."""
+    def request_fill(
+        self, ino: Ino, first: int, count: int, answer: Callable[[list[FilledBlock] | errors.CachefsError], None]
+    ) -> bool:
+        """As `fill`, without a task and from any thread; returns False when there is no agent now, and `fill` has to
+        wait for one.
+
+        `answer` is called once, in the trio thread, with the blocks or what `fill` raises.
+        """
+        ...
+
+    def readahead(self, ino: Ino, first: int, count: int) -> None:
+        """Say that these blocks will be wanted soon. Returns at once and never raises. Any thread."""
         ...
 
     async def cached(self, ino: Ino) -> dict[Tier, int]:
         """Count the blocks of the file that each tier holds."""
-        ...
-
-    async def usage(self) -> tuple[int, int]:
-        """Return (bytes, objects) known of this volume, for statfs."""
         ...

@@ -9,6 +9,7 @@ kernel does so inside of it: eviction by the agent can not pull the pages away b
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from typing import Protocol
 
 from cachefs import errors
@@ -19,6 +20,8 @@ from cachefs.types import FileKind, Ino, ObjectId, ObjectVersion, object_id
 from metadata.store import MetadataReader
 
 _INDEX = struct.Struct(">I")
+MAX_TOUCHED = 4096
+"""Keys of used blocks that are kept until they are reported: hints for the eviction."""
 MAX_VIEWS = 16384
 """Views kept: about 400 bytes each. The oldest goes first; it costs two LMDB gets to build again."""
 
@@ -87,10 +90,12 @@ class ReadPath:
         return view
 
     def refresh(self) -> bool:
-        """Follow the agent to new environments, if it had to begin any; returns whether it had. BLOCKS."""
+        """Follow the agent to new environments, if it had to begin any; returns whether it had. BLOCKS.
+
+        Views stay: new metadata never uses an old inode number again, so they say of open files what they always said,
+        and what is cached of those stays readable.
+        """
         fresh = self.names.refresh()
-        if fresh:
-            self.views_by_ino.clear()
         return self.refresh_blocks() or fresh
 
     def refresh_blocks(self) -> bool:
@@ -99,6 +104,11 @@ class ReadPath:
             return self.blocks is not None and self.blocks.refresh()
         except errors.TierUnavailable:
             return False  # gone for now: fills bring the bytes themselves
+
+    def keys(self, view: FileView, start: int, end: int) -> Iterator[bytes]:
+        """Return the keys of the blocks that hold the bytes `start` to `end` of a file."""
+        for index in range(start >> self.shift, ((end - 1) >> self.shift) + 1):
+            yield view.oid + _INDEX.pack(index)
 
     def views(
         self, snapshot: Snapshot, view: FileView, start: int, end: int, given: dict[int, bytes] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import trio.testing
 
 from cachefs.config import MetadataConfig
 from cachefs.errors import AccessDenied, NotADirectory, StorageUnavailable
-from cachefs.types import ROOT_INO, Consistency, FileKind
+from cachefs.store.port import ObjectInfo
+from cachefs.types import ROOT_INO, Consistency, FileKind, Ino
 from metadata.flights import SingleFlight
 from metadata.freshness import Freshness
 from metadata.listing import Lister
@@ -335,3 +337,102 @@ async def test_names_and_listings_at_the_same_time(writer, store, nursery):
     await list_whole(lister)
     assert all(len(found) == 1 for found in inos.values())
     assert {entry.ino for entry in scan_all(writer, ROOT_INO)} == {ino for found in inos.values() for ino in found}
+
+
+async def found_by(resolver: Resolver, name: bytes) -> Ino:
+    """Resolve a name that exists."""
+    ino = (await resolver.resolve(ROOT_INO, name)).ino
+    assert ino is not None
+    return ino
+
+
+async def test_a_version_that_is_gone_ends_the_time_of_its_name(writer, store):
+    store.put("v/over", b"old")
+    store.put("v/gone", b"old")
+    resolver = make(writer, store, ttl_s=1e9)
+    over, gone = await found_by(resolver, b"over"), await found_by(resolver, b"gone")
+    store.put("v/over", b"newer")
+    store.delete("v/gone")
+    requests(store)
+    assert (await resolver.resolve(ROOT_INO, b"over")).ino == over
+    await resolver.recheck(over)
+    assert requests(store) == (1, 0, 0)
+    await resolver.recheck(gone)
+    assert requests(store) == (1, 1, 0)
+    found = writer.reader.dentry(ROOT_INO, b"over")
+    assert found is not None
+    assert found.ino != over
+    assert found.size == 5
+    assert writer.reader.dentry(ROOT_INO, b"gone") is None
+    assert (await resolver.resolve(ROOT_INO, b"over")).ino == found.ino
+    assert (await resolver.resolve(ROOT_INO, b"gone")).ino is None
+    for ino in (over, gone, Ino(12345)):
+        await resolver.recheck(ino)
+    assert requests(store) == (0, 0, 0), "their names lead elsewhere already"
+
+
+async def test_a_complete_listing_learns_of_a_version_that_is_gone(writer, store):
+    store.put("v/f", b"old")
+    store.put("v/g", b"old")
+    async with trio.open_nursery() as nursery:
+        fresh = Freshness(MetadataConfig(metadata_ttl_s=1e9))
+        await list_whole(Lister(writer, store, "v/", fresh, in_thread, nursery))
+    resolver = make(writer, store, ttl_s=1e9)
+    entry = scan_all(writer, ROOT_INO)[0]
+    store.delete("v/f")
+    await resolver.recheck(entry.ino)
+    assert [left.name for left in scan_all(writer, ROOT_INO)] == [b"g"]
+    requests(store)
+    assert (await resolver.resolve(ROOT_INO, b"f")).ino is None
+    assert requests(store) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("consistency", ["immutable", "strict"])
+async def test_names_that_are_pinned_or_always_asked_for_are_not_asked_for_again(writer, store, consistency):
+    store.put("v/f", b"old")
+    resolver = make(writer, store, consistency=consistency)
+    found = await found_by(resolver, b"f")
+    store.put("v/f", b"newer")
+    requests(store)
+    await resolver.recheck(found)
+    assert requests(store) == (0, 0, 0)
+
+
+async def test_many_who_find_a_version_gone_ask_once_and_not_with_an_older_question(writer, store, monkeypatch):
+    store.put("v/f", b"old")
+    resolver = make(writer, store, ttl_s=0)
+    found = await found_by(resolver, b"f")
+    head, release, asked = store.head, threading.Event(), []
+
+    def slow_head(key: str) -> ObjectInfo:
+        answer: ObjectInfo = head(key)
+        asked.append(answer.size)
+        assert release.wait(10)
+        return answer
+
+    monkeypatch.setattr(store, "head", slow_head)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(resolver.resolve, ROOT_INO, b"f")
+        while not asked:  # noqa: ASYNC110 - a thread says so
+            await trio.sleep(0.01)
+        store.put("v/f", b"newer")
+        for _ in range(20):
+            nursery.start_soon(resolver.recheck, found)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        release.set()
+    assert asked == [3, 5]
+    now = writer.reader.dentry(ROOT_INO, b"f")
+    assert now is not None
+    assert now.size == 5
+
+
+async def test_a_refusal_leaves_the_name_as_it_was(writer, store):
+    store.put("v/f", b"old")
+    resolver = make(writer, store, ttl_s=1e9)
+    found = await found_by(resolver, b"f")
+    store.errors.append(AccessDenied("403"))
+    with pytest.raises(AccessDenied):
+        await resolver.recheck(found)
+    now = writer.reader.dentry(ROOT_INO, b"f")
+    assert now is not None
+    assert now.ino == found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -146,6 +147,50 @@ def test_whole_and_parts_of_an_object(subject: Subject) -> None:
         part = subject.store.get_range(version, start, length)
         assert bytes(part) == body[start : start + length]
         assert len(part) == length
+
+
+@pytest.mark.parametrize("piece", [700_000, 65_536, 3 << 20])
+def test_a_range_in_pieces(subject: Subject, piece: int) -> None:
+    body = random.Random(piece).randbytes(3 << 20)
+    subject.put("dir/object", body)
+    version = subject.version("dir/object")
+    for start, length in [(0, len(body)), (12_345, 2 << 20), (len(body) - 10, 10)]:
+        places = [bytearray(piece), bytearray(piece)]  # the same memory again and again, as the block cache does
+        sizes = [piece] * (length // piece) + [length % piece] * (length % piece > 0)
+        buffers = [memoryview(places[at % 2])[:size] for at, size in enumerate(sizes)]
+        received = b""
+        for count in subject.store.read_into(version, start, buffers):
+            received += bytes(buffers[count - 1])
+        assert received == body[start : start + length]
+
+
+def test_a_range_in_pieces_that_nobody_reads_to_its_end(subject: Subject) -> None:
+    body = bytes(range(256)) * 8192
+    subject.put("dir/object", body)
+    version = subject.version("dir/object")
+    for _ in range(40):  # more than there are connections
+        buffers = [memoryview(bytearray(len(body) // 4)) for _ in range(4)]
+        pieces = iter(subject.store.read_into(version, 0, buffers))
+        assert next(pieces) == 1
+        assert bytes(buffers[0]) == body[: len(body) // 4]
+        del pieces
+    assert bytes(subject.store.get_range(version, 1, 10)) == body[1:11]
+
+
+@pytest.mark.parametrize(("start", "length"), [(0, 3 << 20), (1 << 20, (1 << 20) + 1), (-1, 2 << 20)])
+def test_pieces_outside_of_the_object_are_refused(subject: Subject, start: int, length: int) -> None:
+    subject.put("two MiB", bytes(2 << 20))
+    with pytest.raises(BadBody) as caught:
+        list(subject.store.read_into(subject.version("two MiB"), start, [memoryview(bytearray(length))]))
+    assert not caught.value.retryable
+
+
+def test_pieces_of_a_changed_object_are_stale(subject: Subject) -> None:
+    subject.put("file", b"a" * (2 << 20))
+    old = subject.version("file")
+    subject.put("file", b"b" * (2 << 20))
+    with pytest.raises(StaleObject, match="file"):
+        list(subject.store.read_into(old, 0, [memoryview(bytearray(1 << 20)), memoryview(bytearray(1 << 20))]))
 
 
 @pytest.mark.parametrize(("start", "length"), [(0, 11), (10, 1), (9, 2), (-1, 2), (0, 0), (3, -1)])

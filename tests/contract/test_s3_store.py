@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import botocore.httpsession
@@ -36,12 +37,14 @@ from tests.support.fault_proxy import Fault, FaultProxy
 PLAIN, ODD = "dir/plain", "dir/odd\nkey"
 """A key that obstore can ask for, and one that only the signed requests can."""
 BODY = bytes(range(256)) * 2000
+LONG, LONG_BODY = "dir/long", bytes(range(251)) * 12_000
+"""A range of this length is streamed."""
 WAYS = pytest.mark.parametrize("key", [PLAIN, ODD], ids=["obstore", "signed"])
 
 
 @pytest.fixture(scope="module")
 def bucket(s3_server: S3Server) -> str:
-    s3_server.put_many("faulty", [(PLAIN, BODY), (ODD, BODY)])
+    s3_server.put_many("faulty", [(PLAIN, BODY), (ODD, BODY), (LONG, LONG_BODY)])
     s3_server.client().put_object(Bucket="faulty", Key="tagged", Body=b"x", Metadata={"Mode": "33188", "mtime": "1.5"})
     s3_server.client().put_object(
         Bucket="faulty", Key="tagged\n", Body=b"x", Metadata={"Mode": "33188", "mtime": "1.5"}
@@ -75,7 +78,7 @@ def store(config: S3Config, s3_server: S3Server) -> Iterator[S3Store]:
 
 @pytest.fixture
 def version(store: S3Store, proxy: FaultProxy) -> Callable[[str], ObjectVersion]:
-    found = {key: store.head(key).version for key in (PLAIN, ODD)}
+    found = {key: store.head(key).version for key in (PLAIN, ODD, LONG)}
     proxy.forget()
     return found.__getitem__
 
@@ -129,6 +132,62 @@ def test_what_a_broken_get_becomes(
     assert bytes(RetryingStore(store).get_range(version(key), 100, 400_000)) == BODY[100:400_100]
 
 
+@pytest.mark.parametrize(("fault", "kind"), BROKEN_BODIES, ids=lambda value: repr(value)[:60] if value else None)
+@pytest.mark.parametrize("pieces", [1, 5])
+def test_what_a_broken_stream_becomes(
+    pieces: int,
+    fault: Fault,
+    kind: type[CachefsError],
+    store: S3Store,
+    proxy: FaultProxy,
+    version: Callable[[str], ObjectVersion],
+) -> None:
+    if fault.truncate_after:
+        fault = replace(fault, truncate_after=1_500_000)
+    rule = proxy.add(fault)
+    buffers = [memoryview(bytearray(2_000_000 // pieces)) for _ in range(pieces)]
+    started = time.monotonic()
+    seen = [0]
+    with pytest.raises(kind) as caught:
+        seen.extend(store.read_into(version(LONG), 100, buffers))
+    complete = seen[-1]
+    assert time.monotonic() - started < 2.5
+    assert complete == (1_500_000 * pieces // 2_000_000 if fault.truncate_after else 0) or fault.length_delta
+    length = len(buffers[0])
+    for at, buffer in enumerate(buffers[:complete]):
+        assert bytes(buffer) == LONG_BODY[100 + at * length : 100 + (at + 1) * length], "what was yielded is good"
+    if kind is StorageUnavailable or kind is BadBody:
+        assert isinstance(caught.value, StorageUnavailable)
+        assert caught.value.retryable
+        assert caught.value.throttled == (fault.status == 503)
+    proxy.remove(rule)
+    assert list(RetryingStore(store).read_into(version(LONG), 100, buffers)) == list(range(1, pieces + 1))
+    assert b"".join(map(bytes, buffers)) == LONG_BODY[100 : 100 + pieces * length]
+
+
+def test_a_stream_that_breaks_off_goes_on_where_it_broke(
+    store: S3Store, proxy: FaultProxy, version: Callable[[str], ObjectVersion]
+) -> None:
+    wanted = version(LONG)
+    proxy.add(Fault(kind="get", times=2, truncate_after=1_300_000))
+    buffers = [memoryview(bytearray(500_000)) for _ in range(6)]
+    assert list(RetryingStore(store).read_into(wanted, 0, buffers)) == [1, 2, 3, 4, 5, 6]
+    assert b"".join(map(bytes, buffers)) == LONG_BODY[:3_000_000]
+    ranges = [exchange.range for exchange in proxy.requests]
+    assert ranges == ["bytes=0-2999999", "bytes=1000000-2999999", "bytes=2000000-2999999"]
+
+
+def test_a_stream_that_drips_ends_in_time(
+    store: S3Store, proxy: FaultProxy, version: Callable[[str], ObjectVersion]
+) -> None:
+    wanted = version(LONG)
+    proxy.add(Fault(kind="get", drip_s=0.02))
+    started = time.monotonic()
+    with pytest.raises(StorageUnavailable):
+        list(store.read_into(wanted, 0, [memoryview(bytearray(2_000_000))]))
+    assert time.monotonic() - started < 2.0
+
+
 @WAYS
 @pytest.mark.parametrize(
     ("fault", "kind"),
@@ -177,7 +236,7 @@ def test_what_a_broken_listing_becomes(
     if isinstance(caught.value, StorageUnavailable) and caught.value.throttled:
         assert caught.value.retry_after_s == 7
     proxy.remove(rule)
-    assert [found.key for found in RetryingStore(store).list_page("dir/").objects] == sorted([PLAIN, ODD])
+    assert [found.key for found in RetryingStore(store).list_page("dir/").objects] == sorted([PLAIN, ODD, LONG])
 
 
 def test_retry_after_is_seen_once_the_store_throttles(
@@ -347,7 +406,7 @@ def test_another_region_is_learned(
     """A bucket elsewhere: the answer names the region, and everything goes there from then on."""
     store = S3Store(config, s3_server.environment)
     proxy.add(Fault(status=400, code="AuthorizationHeaderMalformed", region="eu-central-1", times=1))
-    assert len(store.list_page("dir/").objects) == 2
+    assert len(store.list_page("dir/").objects) == 3
     assert store.list_page("dir/", limit=1).next_token
     assert proxy.count("list") == 3
     assert "/eu-central-1/s3/" in proxy.requests[-1].authorization
@@ -371,6 +430,81 @@ def test_another_region_without_a_name_is_a_clear_message(store: S3Store, proxy:
     proxy.add(Fault(status=301, code="PermanentRedirect"))
     with pytest.raises(ConfigError, match=r"another region.*--region"):
         store.check("")
+
+
+@pytest.fixture
+def keys_file(tmp_path: Path, s3_server: S3Server) -> Callable[[str], dict[str, str]]:
+    """Writes a file of keys: good ones or such that the server does not know; returns the environment that names it."""
+    path = tmp_path / "credentials"
+
+    def write(which: str) -> dict[str, str]:
+        good = s3_server.environment
+        access_key = good["AWS_ACCESS_KEY_ID"] if which == "good" else which
+        secret_key = good["AWS_SECRET_ACCESS_KEY"]
+        path.write_text(f"[default]\naws_access_key_id={access_key}\naws_secret_access_key={secret_key}\n")
+        named = {"AWS_SHARED_CREDENTIALS_FILE": str(path), "AWS_CONFIG_FILE": "/nonexistent"}
+        return {**named, "AWS_EC2_METADATA_DISABLED": "true"}
+
+    return write
+
+
+@WAYS
+@pytest.mark.parametrize("operation", ["get", "long get", "head", "list"])
+def test_keys_that_were_replaced_are_found_without_an_error(
+    key: str,
+    operation: str,
+    config: S3Config,
+    proxy: FaultProxy,
+    version: Callable[[str], ObjectVersion],
+    keys_file: Callable[[str], dict[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cachefs.store.s3.STREAMED_BYTES", 1 << 18)
+    store = S3Store(config, keys_file("good"))
+    wanted = version(key)
+
+    def read_long() -> int:
+        return list(store.read_into(wanted, 0, [memoryview(bytearray(wanted.size))]))[-1]
+
+    operations: dict[str, Callable[[], object]] = {
+        "get": lambda: store.get_range(wanted, 0, 10),
+        "long get": read_long,
+        "head": lambda: store.head(key),
+        "list": lambda: store.list_page("dir/"),
+    }
+    operations[operation]()
+    # The server says of the keys in use that their time is over (once), and the file has others by then.
+    proxy.add(Fault(status=400, code="ExpiredToken", times=1))
+    keys_file("SOMEBODY")
+    keys_file("good")
+    with pytest.raises(CredentialsError) if operation != "head" else pytest.raises(CachefsError):
+        operations[operation]()  # the file is another, but its keys are the same: no second request
+    keys_file("SOMEBODY")
+    time.sleep(1.1)
+    with pytest.raises(CachefsError):
+        operations[operation]()  # these the server does not know at all
+    keys_file("good")
+    proxy.forget()
+    operations[operation]()
+    refused = [exchange.status for exchange in proxy.requests]
+    assert len(refused) == 2
+    assert refused[0] == 403
+    store.close()
+
+
+def test_keys_that_stay_bad_cost_no_more_requests(
+    config: S3Config,
+    proxy: FaultProxy,
+    version: Callable[[str], ObjectVersion],
+    keys_file: Callable[[str], dict[str, str]],
+) -> None:
+    store = S3Store(config, keys_file("SOMEBODY"))
+    wanted = version(PLAIN)
+    for _ in range(20):
+        with pytest.raises(CredentialsError):
+            store.get_range(wanted, 0, 10)
+    assert len(proxy.requests) == 20
+    store.close()
 
 
 def test_threads_share_a_store(store: S3Store, version: Callable[[str], ObjectVersion]) -> None:

@@ -1,7 +1,7 @@
 """An S3 endpoint with keys that no real small server stores: `.`, `..`, empty parts, names of 300 bytes, a zero byte.
 
 It answers GET, HEAD and ListObjectsV2 from a `MemoryStore`, in S3's own order and with pages of any size, and does not
-look at signatures. What real servers can do is tested against a real one.
+look at signatures, only at the access key if told to. What real servers can do is tested against a real one.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ class MemoryS3:
         self.store = MemoryStore(bucket)
         self.bucket = bucket
         self.page_size = page_size
+        self.access_key = ""
+        """The only access key that it takes; empty: any."""
         self._server = _Server(("127.0.0.1", 0), _Connection)
         self._server.origin = self
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
@@ -68,7 +70,9 @@ class _Connection(BaseHTTPRequestHandler):
         path = urllib.parse.unquote(parts.path, errors="surrogateescape").removeprefix("/")
         bucket, _, key = path.partition("/")
         query = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True, errors="surrogateescape"))
-        if bucket != self.server.origin.bucket:
+        if f"Credential={self.server.origin.access_key}" not in self.headers.get("Authorization", "Credential="):
+            self._refuse(400, "ExpiredToken")
+        elif bucket != self.server.origin.bucket:
             self._refuse(404, "NoSuchBucket")
         elif key:
             self._object(key)

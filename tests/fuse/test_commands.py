@@ -158,6 +158,10 @@ def test_m5_mount_point_is_busy(node: Node, bucket: Bucket, proxy: FaultProxy) -
         (["s3://bucket", "--no-such-option"], "no-such-option"),
         (["s3://bucket", "--config=/nonexistent.toml"], "nonexistent.toml"),
         (["s3://bucket", "--memory-limit=1MiB"], "memory-limit"),
+        (["s3://bucket", "--read-ahead=8GiB"], "--read-ahead 8GiB: must be at most 1GiB"),
+        (["s3://bucket", "--uid=4294967295"], "--uid 4294967295"),
+        (["s3://bucket", f"--runtime-dir=/tmp/{'x' * 90}"], "at most 74 bytes"),
+        (["s3://bucket", "-o", "config=relative.toml"], "must be an absolute path"),
     ],
 )
 def test_m5_what_cannot_be_meant_is_exit_code_2(node: Node, place: Path, arguments: list[str], said: str) -> None:

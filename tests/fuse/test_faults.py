@@ -8,15 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.fault_proxy import Fault, FaultProxy
 from tests.support.machine import wait_until
-from tests.support.mounts import Bucket, Mount, Node
-from tests.support.programs import content, errno_name, evict_pages
+from tests.support.mounts import CACHEFS, Bucket, Mount, Node
+from tests.support.programs import REPOSITORY, content, errno_name, evict_pages
 
 MIB = 1 << 20
 IO_TIMEOUT_S = 3.0
@@ -240,6 +240,24 @@ def test_r5_a_killed_reader_dies_at_once(
     assert (mount.path / "file").read_bytes() == body
 
 
+@pytest.mark.parametrize("engine", ["channel", "pyfuse3"])
+def test_r5_who_asks_for_a_name_and_is_killed_dies_at_once(
+    node: Node, bucket: Bucket, proxy: FaultProxy, engine: str
+) -> None:
+    bucket.put("file", b"there")
+    mount = mount_behind(node, bucket, proxy, "--io-timeout=30s", "--request-timeout=30s", f"--engine={engine}")
+    rule = proxy.add(Fault(kind="head", stall=True))
+    program = "import os, sys; os.stat(sys.argv[1])"
+    with subprocess.Popen([sys.executable, "-c", program, str(mount.path / "file")]) as asking:
+        wait_until(lambda: rule.hits, 5, "the name is asked for")
+        started = time.monotonic()
+        asking.kill()
+        assert asking.wait(10) == -signal.SIGKILL
+        assert time.monotonic() - started < 1
+    proxy.clear()
+    assert os.stat(mount.path / "file").st_size == 5
+
+
 def test_r5_a_killed_reader_takes_no_other_with_it(mount: Mount, bucket: Bucket, proxy: FaultProxy) -> None:
     bucket.put("file", content("body", MIB))
     os.stat(mount.path / "file")
@@ -252,10 +270,8 @@ def test_r5_a_killed_reader_takes_no_other_with_it(mount: Mount, bucket: Bucket,
     assert proxy.count("get") == 1
 
 
-def test_r5_harmless_signals_do_not_interrupt_a_read(mount: Mount, bucket: Bucket, proxy: FaultProxy) -> None:
-    body = bucket.put("file", content("body", MIB))
-    os.stat(mount.path / "file")
-    proxy.add(Fault(kind="get", delay_s=1.5, times=1))
+def read_among_signals(path: Path) -> int:
+    """Read a file while harmless signals arrive; returns how many bytes came."""
     program = (
         "import os, signal, sys\n"
         "seen = []\n"
@@ -263,15 +279,60 @@ def test_r5_harmless_signals_do_not_interrupt_a_read(mount: Mount, bucket: Bucke
         "signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)\n"
         "fd = os.open(sys.argv[1], os.O_RDONLY); got = 0\n"
         "while piece := os.read(fd, 1 << 20): got += len(piece)\n"
+        "signal.setitimer(signal.ITIMER_REAL, 0)\n"  # the end of the interpreter is no place for an alarm
         "print(got, len(seen))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, str(mount.path / "file")],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=True,
+        [sys.executable, "-c", program, str(path)], capture_output=True, text=True, timeout=30, check=True
     )
     got, seen = map(int, done.stdout.split())
-    assert got == len(body)
     assert seen >= 1, "no signal came, so nothing was tested"  # Python counts those during one call as one
+    return got
+
+
+def test_r5_harmless_signals_do_not_interrupt_a_read(mount: Mount, bucket: Bucket, proxy: FaultProxy) -> None:
+    body = bucket.put("file", content("body", MIB))
+    os.stat(mount.path / "file")
+    proxy.add(Fault(kind="get", delay_s=1.5, times=1))
+    assert read_among_signals(mount.path / "file") == len(body)
+
+
+@pytest.fixture
+def mount_of_a_container(node: Node, bucket: Bucket, proxy: FaultProxy, needs_root: None) -> Iterator[Mount]:
+    """A mount whose processes see no others: to them all readers have the number 0."""
+    (node.base / "mnt").mkdir()
+    mount = Mount(node, node.base / "mnt")
+    deadlines = ("--io-timeout=30s", "--request-timeout=30s")
+    command = ["unshare", "-pf", "--kill-child", *CACHEFS, "mount", *node.options, *deadlines, "--foreground"]
+    command += [f"--endpoint-url={proxy.endpoint_url}", bucket.url, str(mount.path)]
+    with subprocess.Popen(command, env=node.environment, cwd=REPOSITORY, stderr=subprocess.DEVNULL) as child:
+        try:
+            wait_until(lambda: mount.state().get("state") == "serving", 20, "the mount serves")
+            yield mount
+        finally:
+            proxy.clear()
+            subprocess.run(["umount", str(mount.path)], check=True)
+            assert child.wait(15) == 0
+            node.kill_everything()  # the end of process 1 has killed the agent, which leaves its shm tier to the next
+
+
+def test_r5_a_killed_reader_of_another_container_dies_soon(
+    mount_of_a_container: Mount, bucket: Bucket, proxy: FaultProxy
+) -> None:
+    path = mount_of_a_container.path / "file"
+    body = bucket.put("file", content("body", MIB))
+    os.stat(path)
+    slow = proxy.add(Fault(kind="get", delay_s=1.0, times=1))
+    assert read_among_signals(path) == len(body)
+    assert slow.hits
+    bucket.put("other", body)
+    rule = proxy.add(Fault(kind="head", stall=True))  # the kernel lets nobody go who waits for a name
+    program = "import os, sys; os.stat(sys.argv[1])"
+    with subprocess.Popen([sys.executable, "-c", program, str(path.parent / "other")]) as asking:
+        wait_until(lambda: rule.hits, 5, "the name is asked for")
+        started = time.monotonic()
+        asking.kill()
+        assert asking.wait(10) == -signal.SIGKILL
+        assert 1.5 < time.monotonic() - started < 4
+    proxy.clear()
+    assert (path.parent / "other").read_bytes() == body

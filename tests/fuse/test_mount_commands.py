@@ -18,6 +18,7 @@ import pytest
 
 from cachefs.cli import main, mount_helper
 from cachefs.errors import BucketNotFound
+from cachefs.fuse.protocol import IN_HEADER, Opcode
 from cachefs.mount import kernel, launch, mountinfo, registry
 from cachefs.mount.mountpoint import claimed
 from tests.fuse.supervisor_rig import ROOT, Rig, until
@@ -270,7 +271,7 @@ def test_fusermount_mounts_and_unmounts(rig: Rig, monkeypatch: pytest.MonkeyPatc
         mount = mountinfo.find_mount(place)
         assert mount is not None
         assert (mount.fstype, mount.source) == ("fuse.cachefs", "s3://b/a,b\\c")
-        assert kernel.IN_HEADER.unpack_from(kernel.read_init(device))[1] == kernel.INIT
+        assert IN_HEADER.unpack_from(kernel.read_init(device))[1] == Opcode.INIT
         assert kernel.is_connected(device)
         kernel.unmount(place)
         assert not kernel.is_connected(device)

@@ -4,6 +4,9 @@
     N4 (no request), F1 to F4   test_freshness.py      R4, R5      test_faults.py
     R1, R2                      test_freshness.py      M1 to M4, M6 test_survival.py
     M5                          test_commands.py       many mounts test_shared_agent.py
+    N5                          test_dots.py           R2 (next open), M7  test_changed_names.py
+    M12                         test_versions.py       M13         test_full_disk.py
+    M14, M15                    test_successors.py
 
 The core (names, bytes, attributes) is tested with both engines.
 """
@@ -177,6 +180,43 @@ def test_a1_names_of_a_listing_have_the_rules_of_the_mount(node: Node, bucket: B
     assert os.listdir(mount.path) == ["script"]
     found = os.stat(mount.path / "script")
     assert (stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid) == (0o444, os.getuid(), os.getgid())
+
+
+@pytest.mark.parametrize("engine", ["channel", "pyfuse3"])
+def test_a1_a_listing_says_what_a_look_up_has_said(
+    node: Node, bucket: Bucket, s3_server: S3Server, engine: str
+) -> None:
+    bucket.put("d/script", b"#!/bin/sh\n", {"mode": "33261", "uid": "1234", "gid": "4321", "mtime": "1000000000"})
+    bucket.put("d/plain", b"x")
+    options = (f"--endpoint-url={s3_server.endpoint_url}", f"--engine={engine}")
+    mount = node.mount(bucket.url, *options)
+    looked_up = os.stat(mount.path / "d/script")
+    assert (stat.S_IMODE(looked_up.st_mode), looked_up.st_uid, looked_up.st_gid) == (0o755, 1234, 4321)
+    os.listdir(mount.path / "d")
+    mount.umount()
+    again = node.mount(bucket.url, *options)  # of another kernel's knowledge: the listing is all that it hears
+    with os.scandir(again.path / "d") as entries:
+        found = {entry.name: entry.stat() for entry in entries}
+    for name in ("st_mode", "st_uid", "st_gid", "st_mtime", "st_size", "st_ino"):
+        assert getattr(found["script"], name) == getattr(looked_up, name), name
+    assert found["plain"].st_uid == os.getuid()
+
+
+def test_a1_the_time_of_a_directory_moves_when_it_is_found_changed(
+    node: Node, bucket: Bucket, s3_server: S3Server
+) -> None:
+    """And not with its first listing: tar ends with an error when a directory changes while it is read."""
+    bucket.put("d/a", b"a")
+    mount = node.mount(bucket.url, f"--endpoint-url={s3_server.endpoint_url}", "--consistency=strict")
+    first = os.stat(mount.path / "d").st_mtime_ns
+    for _ in range(2):
+        assert os.listdir(mount.path / "d") == ["a"]
+        assert os.stat(mount.path / "d").st_mtime_ns == first
+    for change in (lambda: bucket.put("d/b", b"b"), lambda: bucket.delete("d/b")):
+        before = time.time_ns()
+        change()
+        os.listdir(mount.path / "d")
+        assert os.stat(mount.path / "d").st_mtime_ns > before
 
 
 def test_a2_owner_and_permissions(mount: Mount) -> None:

@@ -75,6 +75,12 @@ def test_other_sizes_than_the_running_agent_has_are_said(node: Node, bucket: Buc
     node.mounts.append(Mount(node, node.base / "second"))
     assert done.returncode == 0
     assert "--shm-size" in done.stderr
+    assert "--cache-size" not in done.stderr  # asked for, and what it has
+    (node.base / "third").mkdir()
+    unasked = [option for option in node.options if "-size" not in option]
+    done = node.run("mount", *unasked, endpoint, bucket.url, str(node.base / "third"))
+    node.mounts.append(Mount(node, node.base / "third"))
+    assert (done.returncode, done.stderr) == (0, "")  # nobody asked for the default
 
 
 def test_an_agent_that_comes_back_with_blocks_of_another_size(node: Node, bucket: Bucket, proxy: FaultProxy) -> None:

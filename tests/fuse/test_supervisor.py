@@ -43,6 +43,42 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
     rig.clean_up()
 
 
+# -- children of others ----------------------------------------------------------------------------
+
+AS_PROCESS_1 = """
+import ctypes, os, subprocess, sys
+PR_SET_CHILD_SUBREAPER = 36
+ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+subprocess.Popen(["true"])                                   # dead before the supervisor begins
+subprocess.Popen(["sh", "-c", "sleep 1; exit 3"])            # as the agent that `cachefs mount --foreground` started
+subprocess.Popen(["sh", "-c", "sleep 1.5 & sleep 1.6 & exit"])  # orphans of somebody else
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def children(parent: int) -> dict[int, str]:
+    """The children of a process with their states ("Z": dead, and nobody has taken note)."""
+    found = {}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            state, ppid = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+            if int(ppid) == parent:
+                found[int(pid)] = state
+    return found
+
+
+def test_a_supervisor_that_inherits_children_buries_them(rig: Rig) -> None:
+    rig.command_prefix = [sys.executable, "-c", AS_PROCESS_1, sys.executable]
+    supervisor = rig.mount()
+    foreign = set(children(supervisor.pid)) - {rig.status()["worker_pid"]}
+    assert len(foreign) >= 3
+    killed = rig.kill_worker()  # its own child dies beside them, and is not taken from who waits for it
+    until(lambda: rig.status()["state"] == "serving" and rig.status()["worker_pid"] != killed)
+    assert "SIGKILL" in rig.status()["last_crash"]["what"]
+    until(lambda: set(children(supervisor.pid)) == {rig.status()["worker_pid"]}, 6)
+    assert read_once(rig) == pattern(8192, 4096)
+
+
 # -- serving ---------------------------------------------------------------------------------------
 
 

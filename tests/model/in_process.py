@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 
 import trio
 
+from cachefs import errors
 from cachefs.agent.volumes import CurrentStore, Volume
 from cachefs.block.block_cache import BlockCache, Priority
 from cachefs.block.lmdb_tier import TierWriter
@@ -62,21 +63,25 @@ class InProcessAgent:
         )
         return [FilledBlock(block.index, block.source, block.payload) for block in blocks]
 
-    async def readahead(self, ino: Ino, first: int, count: int) -> None:
+    def request_fill(
+        self, ino: Ino, first: int, count: int, answer: Callable[[list[FilledBlock] | errors.CachefsError], None]
+    ) -> bool:
+        """See `AgentPort.request_fill`."""
+        return False
+
+    def readahead(self, ino: Ino, first: int, count: int) -> None:
         """See `AgentPort.readahead`."""
         file = self.volume.file(ino, BLOCK)
-        count = min(count, file.blocks - first)
-        if count > 0:
-            await self.cache.fill(file.oid, file.version, self.volume.store, first, count, priority=Priority.READAHEAD)
+        count = max(0, min(count, file.blocks - first))
+        start = self.cache.start
+        start(
+            file.oid, file.version, self.volume.store, first, count, lambda outcome: None, priority=Priority.READAHEAD
+        )
 
     async def cached(self, ino: Ino) -> dict[Tier, int]:
         """See `AgentPort.cached`."""
         file = self.volume.file(ino, BLOCK)
         return self.cache.count_cached(file.oid, file.blocks)
-
-    async def usage(self) -> tuple[int, int]:
-        """See `AgentPort.usage`."""
-        return self.volume.writer.reader.counts()
 
 
 class TierView:
@@ -116,9 +121,7 @@ async def open_filesystem(directory: Path, store: MemoryStore, consistency: Cons
     writer = MetadataWriter(str(directory / "names"), VolumeIdentity(store.endpoint, store.bucket, ""))
     try:
         async with (
-            BlockCache(
-                shm, disk, block_size=BLOCK, memory_limit_bytes=256 << 20, max_requests=8, counters=counters
-            ) as cache,
+            BlockCache(shm, disk, block_size=BLOCK, memory_limit_bytes=256 << 20, counters=counters) as cache,
             trio.open_nursery() as nursery,
         ):
             volume = Volume("v", "memory://", "", current, writer, Freshness(rules), run_blocking, nursery)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 from cachefs.block import codec
-from cachefs.block.lmdb_tier import TierWriter
+from cachefs.block.codec import Bytes
+from cachefs.block.lmdb_tier import Demotion, TierWriter
 from cachefs.metrics import Counters
 from cachefs.types import BlockKey, ObjectId, Tier, block_key
 
@@ -30,3 +32,8 @@ def open_tier(directory: Path | str, tier: Tier = Tier.DISK, limit: int = 4 * MI
 def contents(tier: TierWriter, index: int) -> bytes | None:
     value = tier.read(key(index))
     return None if value is None else value[codec.HEADER_SIZE :]
+
+
+def put(tier: TierWriter, blocks: Iterable[tuple[BlockKey, Bytes]], demote: Demotion | None = None) -> None:
+    """Commit payloads, as a fill does."""
+    tier.put_values([(name, codec.encode(body, name)) for name, body in blocks], demote)

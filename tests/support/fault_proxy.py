@@ -73,6 +73,8 @@ class Fault:
     """Lie in Content-Length by so many bytes."""
     etag: str | None = None
     """Claim another ETag (give the quotes too)."""
+    drip_s: float = 0.0
+    """Wait so long before each thousand bytes of the body."""
 
 
 @dataclass
@@ -401,7 +403,9 @@ class _Connection(BaseHTTPRequestHandler):
         remaining = 0 if self.command == "HEAD" else length
         limit = remaining if fault.truncate_after is None else min(remaining, fault.truncate_after)
         while exchange.sent_bytes < limit:
-            size = min(PIECE, limit - exchange.sent_bytes)
+            size = min(1000 if fault.drip_s else PIECE, limit - exchange.sent_bytes)
+            if gone.wait(fault.drip_s):
+                fault = Fault()
             piece = answer.read(size) if whole is None else whole[exchange.sent_bytes : exchange.sent_bytes + size]
             if not piece:
                 self._break(Fault(reset=True))

@@ -167,9 +167,9 @@ def visible_tree(writer: MetadataWriter) -> dict[bytes, tuple[str, int] | None]:
 
 
 @contextmanager
-def writer_at(path: Path | str, **options: str) -> Iterator[MetadataWriter]:
+def writer_at(path: Path | str, *, boot_id: str | None = None) -> Iterator[MetadataWriter]:
     """Open a writer and close it."""
-    writer = MetadataWriter(str(path), IDENTITY, **options)
+    writer = MetadataWriter(str(path), IDENTITY, boot_id=boot_id)
     try:
         yield writer
     finally:
@@ -194,7 +194,7 @@ def check_invariants(writer: MetadataWriter) -> None:
         name, kind = name_of(key[8:])
         inode = inodes[entry.ino]
         assert (inode.parent, inode.name, inode.kind) == (ino_of_key(key), name, kind)
-        assert (inode.size, inode.mtime_ns) == (entry.size, entry.mtime_ns)
+        assert (inode.size, inode.mtime_ns, inode.own) == (entry.size, entry.mtime_ns, entry.own)
         if kind is FileKind.FILE:
             beside = entries.get(key + b"/")
             assert entry.shadowed == (beside is not None and not beside.gone)
@@ -208,3 +208,13 @@ def check_invariants(writer: MetadataWriter) -> None:
     assert (counters.objects, counters.used_bytes) == (len(files), sum(entry.size for entry in files))
     assert max(inodes) < counters.next_ino
     assert ino_key(ROOT_INO) == b"\0" * 7 + b"\1"
+
+
+def ino_at(writer: MetadataWriter, path: bytes) -> Ino:
+    """Return the inode number of a path as users see it."""
+    ino = ROOT_INO
+    for name in path.rstrip(b"/").split(b"/"):
+        dentry = writer.reader.dentry(ino, name)
+        assert dentry is not None
+        ino = dentry.ino
+    return ino

@@ -98,6 +98,27 @@ def test_numbers_in_cells_keep_three_digits(value: float) -> None:
     assert math.isclose(shown, value, rel_tol=0.006, abs_tol=0.051)
 
 
+def test_what_cpu_was_spent_on_is_a_table_of_its_own() -> None:
+    results = make_results("cachefs", "rclone", "obstore")
+    for who, size in (("server", 1 << 30), ("own", 1 << 29)):
+        results.add_cpu("cachefs", who, 1.5, size)
+    results.add_cpu("obstore", "server", 1.0, 1 << 30)
+    assert report.cpu_rows(results)[1:] == [["Cachefs", "1.50", "3.00"], ["Obstore", "1.00", "-"]]
+    assert "CPU seconds per GiB" in report.full_markdown(results, [])
+    assert results.as_plain()["systems"]["cachefs"]["large_cold_cpu_s_per_gib"] == {"server": 1.5, "own": 3.0}
+
+
+def test_what_far_away_means_is_said_where_it_was_measured() -> None:
+    results = make_results("cachefs")
+    assert "20 ms" not in report.full_text(results, [])
+    results.options["far_small_files"] = 250
+    results.facts |= {"far.round_trip_ms": 20.44, "far.link_cpu_s_per_gib": 1.36}
+    text = report.full_text(results, [])
+    assert "S3 20 ms away: 250 of the small files" in text
+    assert "20.4 ms" in text
+    assert "1.4 CPU seconds per GiB" in text
+
+
 def test_the_chart_shows_every_measured_system(tmp_path: Path) -> None:
     results = make_results("cachefs", "rclone")
     assert not chart.draw(results, tmp_path / "none.svg")

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,12 @@ def site(tmp_path: Path) -> Site:
 
 
 def visit(
-    site: Site, monkeypatch: pytest.MonkeyPatch, warmth: tuple[Warmth, ...], wanted: str = ""
+    site: Site, monkeypatch: pytest.MonkeyPatch, warmth: tuple[Warmth, ...], wanted: str = "", *, far: bool = False
 ) -> tuple[Copies, Results]:
     system = Copies(site.dataset.root, warmth)
     actual = scenarios.run_program
 
-    def logged(module: str, spec: dict[str, Any]) -> dict[str, Any]:
+    def logged(module: str, spec: dict[str, Any], enter: tuple[str, ...] = ()) -> dict[str, Any]:
         system.log.append(spec["action"])
         if module == "bench.origin":
             return {}
@@ -92,7 +93,11 @@ def visit(
     monkeypatch.setattr(machine, "drop_page_cache", lambda: system.log.append("drop"))
     results = Results({}, {})
     results.systems["copies"] = SystemRecord("copies")
-    Visit(system, site, results, lambda name: not wanted or name == wanted).run("bucket", (Pass.INSTALLED,))
+    one = Visit(system, site, results, lambda name: not wanted or name == wanted)
+    if far:
+        one.far("bucket")
+    else:
+        one.run("bucket", (Pass.INSTALLED,))
     return system, results
 
 
@@ -127,6 +132,23 @@ def test_each_kind_of_system_has_the_figures_of_its_tiers(
 def test_cold_is_a_fresh_mount_of_a_warm_server(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     system, _ = visit(site, monkeypatch, (Warmth.SHM,), "small-cold")
     assert system.log[:5] == ["umount", "reset", "warm", "mount", "small"]
+
+
+def test_far_is_cold_with_the_names_listed_once(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    system, results = visit(site, monkeypatch, (Warmth.DISK, Warmth.SHM), far=True)
+    assert system.log == ["umount", "reset", "warm", "mount", "list", "small", "large"]
+    assert measured(results) == {"small-far", "large-far"}
+
+
+def test_a_cold_large_file_says_whose_cpu_it_took(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as server:
+        served = replace(site, server_session=server.pid)
+        spent = {os.getpid(): iter((1.0, 1.25)), server.pid: iter((7.0, 7.5))}
+        monkeypatch.setattr(scenarios, "cpu_seconds", lambda pid: next(spent[pid]))
+        _, results = visit(served, monkeypatch, (Warmth.DISK,), "large-cold")
+        server.kill()
+    per_gib = (1 << 30) / site.dataset.large_bytes
+    assert results.systems["copies"].cpu_s_per_gib == {"server": [0.5 * per_gib], "own": [0.25 * per_gib]}
 
 
 def test_disk_warm_is_a_second_mount_with_nothing_in_memory(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

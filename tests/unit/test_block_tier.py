@@ -20,7 +20,7 @@ from cachefs.block.ledger import LONGEST_INLINE, value_cost, value_pages
 from cachefs.block.lmdb_tier import TierWriter
 from cachefs.block.tier_reader import TierReader
 from cachefs.types import BlockKey, Tier
-from tests.support.blocks import BLOCK, KIB, MIB, contents, key, open_tier, payload
+from tests.support.blocks import BLOCK, KIB, MIB, contents, key, open_tier, payload, put
 
 
 @pytest.fixture(params=[Tier.SHM, Tier.DISK])
@@ -57,7 +57,7 @@ def test_model(program: list[tuple[str, object]], kind: Tier) -> None:
             for step, what in program:
                 if step == "put":
                     assert isinstance(what, list)
-                    tier.put_many([(key(i), payload(i, size)) for i, size in what])
+                    put(tier, [(key(i), payload(i, size)) for i, size in what])
                     for i, size in what:
                         # What was evicted in between may come back with another size.
                         if i not in sizes or contents(tier, i) == payload(i, size):
@@ -104,7 +104,7 @@ def test_the_file_never_outgrows_the_limit_with_mixed_sizes(directory: tuple[Tie
     tier, generator = open_tier(path, kind, limit=6 * MIB), random.Random(3)
     for number in range(1500):
         size = generator.choice([100, 3000, 20_000, 40_000, BLOCK])
-        tier.put_many([(key(number), payload(number % 50, size))])
+        put(tier, [(key(number), payload(number % 50, size))])
         assert key(number) in tier
         if number % 100 == 0:
             check_invariants(tier)
@@ -116,7 +116,7 @@ def test_least_recently_used_goes_first(directory: tuple[Tier, Path]) -> None:
     kind, path = directory
     tier = open_tier(path, kind, limit=2 * MIB)
     for number in range(200):
-        tier.put_many([(key(number), payload(number))])
+        put(tier, [(key(number), payload(number))])
         tier.touch([key(0)])
     assert key(0) in tier
     assert key(1) not in tier
@@ -133,7 +133,7 @@ def test_demotion_sees_the_bytes_before_they_go(directory: tuple[Tier, Path]) ->
             seen[name] = tier.read(name)
 
     for number in range(60):
-        tier.put_many([(key(number), payload(number))], demote)  # type: ignore[arg-type]
+        put(tier, [(key(number), payload(number))], demote)  # type: ignore[arg-type]
     gone = [number for number in range(60) if key(number) not in tier]
     assert gone
     assert seen == {key(number): codec.encode(payload(number), key(number)) for number in gone}
@@ -141,14 +141,33 @@ def test_demotion_sees_the_bytes_before_they_go(directory: tuple[Tier, Path]) ->
 
 
 READER = """
+import logging
 import sys
 from cachefs import errors
+from cachefs.metrics import Counters
 from cachefs.block.tier_reader import TierReader
 from cachefs.types import BlockKey
-reader = TierReader(sys.argv[1])
+class Lines(logging.Handler):
+    def emit(self, record):
+        lines.append(record.getMessage())
+lines = []
+logging.getLogger("cachefs").addHandler(Lines())
+counters = Counters()
+reader = TierReader(sys.argv[1], counters=counters)
+kept = []
 for line in sys.stdin:
     command, _, argument = line.strip().partition(" ")
-    if command == "refresh":
+    if command == "keep":  # as many snapshots as asked for, all open at once
+        kept.extend(reader.snapshot() for _ in range(int(argument)))
+        print(len(kept), flush=True)
+    elif command == "end":
+        for snapshot in kept:
+            snapshot.__exit__()
+        kept.clear()
+        print("ended", flush=True)
+    elif command == "faults":
+        print(int(counters.get("shm_faults")), len(lines), flush=True)
+    elif command == "refresh":
         print(reader.refresh(), flush=True)
     elif command == "hold":
         snapshot = reader.snapshot()
@@ -171,10 +190,15 @@ class OtherProcess:
             [sys.executable, "-c", READER, str(directory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def ask(self, command: str, name: BlockKey | None = None) -> str:
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ask(self, command: str, name: BlockKey | int | None = None) -> str:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(f"{command} {'' if name is None else name.hex()}\n")
+        argument = name.hex() if isinstance(name, bytes) else "" if name is None else str(name)
+        self._process.stdin.write(f"{command} {argument}\n")
         self._process.stdin.flush()
         return self._process.stdout.readline().strip()
 
@@ -200,26 +224,26 @@ def test_readers_in_another_process_see_commits_and_keep_what_they_hold(
 
     tier, reader = shm_tier
     assert reader.ask("get", key(0)) == "None"
-    tier.put_many([(key(0), payload(0))])
+    put(tier, [(key(0), payload(0))])
     assert reader.ask("get", key(0)) == str(BLOCK)
     assert reader.ask("hold", key(0)) == str(BLOCK + codec.HEADER_SIZE)
     for number in range(1, 25):
-        tier.put_many([(key(number), payload(number))])
+        put(tier, [(key(number), payload(number))])
     tier.discard([key(0)])
     for number in range(25, 31):
-        tier.put_many([(key(number), payload(number))])
+        put(tier, [(key(number), payload(number))])
     assert reader.ask("held") == hashlib.sha256(codec.encode(payload(0), key(0))).hexdigest()
 
 
 @pytest.mark.expect_warnings("not usable now")
 def test_a_killed_reader_pins_nothing_after_a_reader_check(shm_tier: tuple[TierWriter, OtherProcess]) -> None:
     tier, reader = shm_tier
-    tier.put_many([(key(0), payload(0))])
+    put(tier, [(key(0), payload(0))])
     assert reader.ask("hold", key(0))
     failures = 0
     for number in range(1, 120):
         try:
-            tier.put_many([(key(number), payload(number))])
+            put(tier, [(key(number), payload(number))])
         except errors.TierUnavailable:
             failures += 1
     assert failures, "an open snapshot pins all pages that were freed since"
@@ -227,22 +251,50 @@ def test_a_killed_reader_pins_nothing_after_a_reader_check(shm_tier: tuple[TierW
     reader.kill()
     tier.maintain()
     for number in range(200, 260):
-        tier.put_many([(key(number), payload(number))])
+        put(tier, [(key(number), payload(number))])
     check_invariants(tier)
 
 
 @pytest.mark.expect_warnings("cannot be used")
 def test_a_reader_follows_a_new_environment(shm_tier: tuple[TierWriter, OtherProcess]) -> None:
     tier, reader = shm_tier
-    tier.put_many([(key(0), payload(0))])
+    put(tier, [(key(0), payload(0))])
     assert reader.ask("refresh") == "False"
     tier.close()
     successor = open_tier(tier.directory, Tier.SHM, limit=4 * MIB, block=128 * KIB)
-    successor.put_many([(key(1), payload(1))])
+    put(successor, [(key(1), payload(1))])
     assert reader.ask("get", key(1)) == "None"
     assert reader.ask("refresh") == "True"
     assert reader.ask("get", key(1)) == str(BLOCK)
     successor.close()
+
+
+def test_readers_beyond_the_last_slot_find_nothing(shm_tier: tuple[TierWriter, OtherProcess]) -> None:
+    tier, reader = shm_tier
+    put(tier, [(key(0), payload(0))])
+    slots = tier_files.LOCK_BYTES // 64
+    assert reader.ask("keep", slots + 10) == str(slots + 10)
+    faults, warnings = map(int, reader.ask("faults").split())
+    assert 10 <= faults <= 20
+    assert warnings == 1
+    assert reader.ask("get", key(0)) == "None", "a miss, as for any block that is not there"
+    assert reader.ask("end") == "ended"
+    assert reader.ask("get", key(0)) == str(BLOCK)
+
+
+def test_a_reader_whose_slot_was_cleared_finds_nothing_and_goes_on(shm_tier: tuple[TierWriter, OtherProcess]) -> None:
+    """What somebody does who cannot see that the reader is alive (another name space of processes)."""
+    tier, reader = shm_tier
+    put(tier, [(key(0), payload(0))])
+    assert reader.ask("get", key(0)) == str(BLOCK)
+    lock_file = Path(tier.directory, tier_files.LOCK_FILE)
+    with lock_file.open("r+b") as file:
+        position = file.read().index(reader.pid.to_bytes(4, sys.byteorder))
+        file.seek(position)
+        file.write(bytes(4))
+    assert reader.ask("get", key(0)) == "None"
+    assert reader.ask("faults") == "1 1"
+    assert reader.ask("get", key(0)) == str(BLOCK)
 
 
 def test_a_reader_without_a_tier(tmp_path: Path) -> None:
@@ -265,8 +317,8 @@ def test_a_block_larger_than_the_tier_is_refused(directory: tuple[Tier, Path]) -
     kind, path = directory
     tier = open_tier(path, kind, limit=2 * MIB)
     with pytest.raises(errors.TierUnavailable), expecting_warnings():
-        tier.put_many([(key(0), bytes(4 * MIB))])
-    tier.put_many([(key(0), payload(0))])
+        put(tier, [(key(0), bytes(4 * MIB))])
+    put(tier, [(key(0), payload(0))])
     tier.close()
 
 
@@ -286,11 +338,11 @@ class expecting_warnings:
 
 def test_a_larger_limit_keeps_everything_and_a_smaller_one_what_fits(tmp_path: Path) -> None:
     tier = open_tier(tmp_path / "t", limit=4 * MIB)
-    tier.put_many([(key(number), payload(number)) for number in range(40)])
+    put(tier, [(key(number), payload(number)) for number in range(40)])
     tier.close()
     tier = open_tier(tmp_path / "t", limit=8 * MIB)
     assert tier.stats()["blocks"] == 40
-    tier.put_many([(key(number), payload(number)) for number in range(40, 80)])
+    put(tier, [(key(number), payload(number)) for number in range(40, 80)])
     tier.close()
     tier = open_tier(tmp_path / "t", limit=3 * MIB)
     kept = [number for number in range(80) if key(number) in tier]

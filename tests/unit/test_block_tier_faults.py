@@ -21,7 +21,8 @@ from cachefs.block import codec, tier_files, tier_growth
 from cachefs.block.lmdb_tier import TierWriter
 from cachefs.metrics import Counters
 from cachefs.types import Tier
-from tests.support.blocks import BLOCK, KIB, MIB, contents, key, open_tier, payload
+from tests.support.blocks import BLOCK, KIB, MIB, contents, key, open_tier, payload, put
+from tests.support.machine import wait_until
 from tests.unit.test_block_tier import check_invariants
 
 pytestmark = pytest.mark.expect_warnings("tier in", "bad block")
@@ -29,19 +30,19 @@ pytestmark = pytest.mark.expect_warnings("tier in", "bad block")
 WRITER = """
 import os, sys
 from cachefs.types import Tier
-from tests.support.blocks import key, open_tier, payload
+from tests.support.blocks import key, open_tier, payload, put
 tier = open_tier(sys.argv[1], Tier(sys.argv[2]))
 number = int(sys.argv[3])
 print(tier.stats()["blocks"], flush=True)
 while True:
-    tier.put_many([(key(i % 150), payload(i % 150, 1000 + i % 150 * 400)) for i in range(number, number + 7)])
+    put(tier, [(key(i % 150), payload(i % 150, 1000 + i % 150 * 400)) for i in range(number, number + 7)])
     number += 7
 """
 
 CHECKER = """
 import sys
 from cachefs.types import Tier
-from tests.support.blocks import key, open_tier, payload, contents
+from tests.support.blocks import key, open_tier, payload, contents, put
 tier = open_tier(sys.argv[1], Tier(sys.argv[2]))
 good = 0
 for i in range(150):
@@ -50,7 +51,7 @@ for i in range(150):
         assert found == payload(i, 1000 + i * 400), i
         good += 1
 print("good", good)
-tier.put_many([(key(1000 + i), payload(i)) for i in range(20)])
+put(tier, [(key(1000 + i), payload(i)) for i in range(20)])
 assert contents(tier, 1019) == payload(19)
 tier.close()
 """
@@ -89,7 +90,7 @@ def test_kill_9_in_a_loop_loses_nothing_and_gives_no_wrong_bytes(kind: Tier) -> 
 
 def filled(directory: Path, kind: Tier = Tier.DISK, count: int = 150) -> None:
     tier = open_tier(directory, kind, limit=16 * MIB)
-    tier.put_many([(key(i), payload(i, 1000 + i * 400)) for i in range(count)])
+    put(tier, [(key(i), payload(i, 1000 + i * 400)) for i in range(count)])
     tier.close()
 
 
@@ -110,7 +111,7 @@ def test_bytes_changed_while_closed(tmp_path: Path, seed: int) -> None:
 
 def test_value_bytes_changed_while_open_are_a_miss(tmp_path: Path) -> None:
     tier = open_tier(tmp_path / "t", limit=16 * MIB)
-    tier.put_many([(key(i), payload(i)) for i in range(20)])
+    put(tier, [(key(i), payload(i)) for i in range(20)])
     file = Path(tmp_path, "t", "data.mdb")
     content = file.read_bytes()
     for number in (3, 7):
@@ -121,7 +122,7 @@ def test_value_bytes_changed_while_open_are_a_miss(tmp_path: Path) -> None:
     assert [number for number in range(20) if contents(tier, number) != payload(number)] == [3, 7]
     assert contents(tier, 3) is None
     assert key(3) not in tier, "a bad block is dropped"
-    tier.put_many([(key(3), payload(3))])
+    put(tier, [(key(3), payload(3))])
     assert contents(tier, 3) == payload(3)
     tier.close()
 
@@ -154,30 +155,31 @@ def use(tier: TierWriter) -> None:
     assert contents(tier, 1) is None
 
 
-def put(tier: TierWriter) -> None:
+def refuses(tier: TierWriter) -> None:
     with pytest.raises(errors.TierUnavailable):
-        tier.put_many([(key(100), payload(100))])
+        put(tier, [(key(100), payload(100))])
 
 
 @pytest.mark.parametrize(
-    ("destroy", "notice"), [(cut, TierWriter.maintain), (cut, use), (cut, put), (shutil.rmtree, TierWriter.maintain)]
+    ("destroy", "notice"),
+    [(cut, TierWriter.maintain), (cut, use), (cut, refuses), (shutil.rmtree, TierWriter.maintain)],
 )
 def test_cut_or_removed_while_open_begins_anew(
     tmp_path: Path, destroy: Callable[[Path], None], notice: Callable[[TierWriter], None]
 ) -> None:
     tier = open_tier(tmp_path / "t", limit=16 * MIB)
-    tier.put_many([(key(i), payload(i)) for i in range(20)])
+    put(tier, [(key(i), payload(i)) for i in range(20)])
     destroy(tmp_path / "t")
     notice(tier)
     assert tier.state == "off"
     assert contents(tier, 1) is None
     with pytest.raises(errors.TierUnavailable):
-        tier.put_many([(key(1), payload(1))])
+        put(tier, [(key(1), payload(1))])
     tier._retry_at = 0.0  # do not wait for it
     tier.maintain()
     assert tier.state == "on"
     assert tier.stats()["blocks"] == 0
-    tier.put_many([(key(1), payload(1))])
+    put(tier, [(key(1), payload(1))])
     assert contents(tier, 1) == payload(1)
     tier.close()
 
@@ -205,10 +207,31 @@ def test_only_the_newest_is_kept_aside(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["t", "t.aside-3"]
 
 
-def test_another_format_is_set_aside(tmp_path: Path) -> None:
+def test_another_format_of_ours_is_deleted(tmp_path: Path) -> None:
     filled(tmp_path / "t")
     open_tier(tmp_path / "t", limit=16 * MIB, block=128 * KIB).close()
-    assert sorted(os.listdir(tmp_path)) == ["t", "t.aside-1"]
+    wait_until(lambda: os.listdir(tmp_path) == ["t"], 2, "it is deleted in the background")
+
+
+def test_what_a_power_loss_left_is_deleted(tmp_path: Path) -> None:
+    """A tier that is larger than half of its disk would never have room again."""
+    filled(tmp_path / "t")
+    stamp(tmp_path / "t", boot_id="another boot", txnid=None)
+    open_tier(tmp_path / "t", limit=16 * MIB).close()
+    wait_until(lambda: os.listdir(tmp_path) == ["t"], 2, "it is deleted in the background")
+
+
+def test_leftovers_of_ours_are_deleted_and_foreign_ones_stay(tmp_path: Path) -> None:
+    filled(tmp_path / "t")
+    for name in ("t.aside-1", "t.aside-crash", "t.gone-17", "t.aside-2", "t.aside-3", "u.aside-1"):
+        shutil.copytree(tmp_path / "t", tmp_path / name)
+    (tmp_path / "t.aside-2" / "letters.txt").write_text("dear diary")
+    (tmp_path / "t.aside-3" / "data.mdb").write_text("this is a shopping list")
+    (tmp_path / "t.aside-4").symlink_to(tmp_path / "u.aside-1")
+    open_tier(tmp_path / "t").close()
+    left = ["t", "t.aside-2", "t.aside-3", "t.aside-4", "u.aside-1"]
+    wait_until(lambda: sorted(os.listdir(tmp_path)) == left, 2, "they are deleted in the background")
+    assert (tmp_path / "u.aside-1" / "data.mdb").exists()
 
 
 def stamp(directory: Path, **changes: object) -> None:
@@ -222,7 +245,7 @@ def test_after_a_reboot_only_what_was_synced_is_trusted(tmp_path: Path) -> None:
     tier = open_tier(tmp_path / "t", limit=16 * MIB)
     assert tier.stats()["blocks"] == 150, "closed well before the reboot"
     tier.sync_and_mark()
-    tier.put_many([(key(900), payload(1))])
+    put(tier, [(key(900), payload(1))])
     copy = tmp_path / "crashed"
     shutil.copytree(tmp_path / "t", copy)
     tier.close()
@@ -279,26 +302,25 @@ def fill_up(place: Path, leave: int) -> Path:
     return ballast
 
 
-@pytest.mark.parametrize("kind", [Tier.SHM, Tier.DISK])
 @pytest.mark.parametrize("leave", [0, 100 * KIB, 3 * MIB])
 def test_a_full_tmpfs_is_no_end(
-    small_tmpfs: Path, kind: Tier, leave: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    small_tmpfs: Path, leave: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A page that cannot be backed would be SIGBUS: this test would end the whole run."""
     monkeypatch.setattr(tier_growth, "STEP", MIB)
-    tier = open_tier(small_tmpfs / "tier", kind, limit=20 * MIB)
+    tier = open_tier(small_tmpfs / "tier", Tier.SHM, limit=20 * MIB)
     sizes = [BLOCK, 20 * KIB, 3000, BLOCK, 50 * KIB]
-    tier.put_many([(key(i), payload(i, sizes[i % 5])) for i in range(100)])
+    put(tier, [(key(i), payload(i, sizes[i % 5])) for i in range(100)])
     ballast = fill_up(small_tmpfs, leave)
     for number in range(100, 900):
-        tier.put_many([(key(number), payload(number, sizes[number % 5]))])
+        put(tier, [(key(number), payload(number, sizes[number % 5]))])
         assert contents(tier, number) == payload(number, sizes[number % 5])
     assert tier.state == "full"
     check_invariants(tier)
     assert len([record for record in caplog.records if "not usable" in record.message]) == 1
     ballast.unlink()
     tier._growth._retry_at = 0.0
-    tier.put_many([(key(number), payload(number)) for number in range(1000, 1200)])
+    put(tier, [(key(number), payload(number)) for number in range(1000, 1200)])
     assert tier.state == "on"
     assert tier.stats()["used_bytes"] > 12 * MIB
     check_invariants(tier)
@@ -310,10 +332,10 @@ def test_a_tmpfs_that_is_full_from_the_start(small_tmpfs: Path) -> None:
     tier = open_tier(small_tmpfs / "tier", Tier.SHM, limit=20 * MIB)
     for number in range(10):
         with pytest.raises(errors.TierUnavailable):
-            tier.put_many([(key(number), payload(number))])
+            put(tier, [(key(number), payload(number))])
     ballast.unlink()
     tier._growth._retry_at = 0.0
-    tier.put_many([(key(1), payload(1))])
+    put(tier, [(key(1), payload(1))])
     assert contents(tier, 1) == payload(1)
     tier.close()
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from cachefs.cli import checks, doctor
+from cachefs.cli import checks, doctor, room
 from cachefs.cli.checks import FAIL, OK, WARN, Check
 from cachefs.cli.load import build_config
 from cachefs.config import GIB, MIB, Config, LowLatency, S3Config
@@ -110,9 +110,9 @@ def test_shm(tmp_path: Path) -> None:
 
 
 def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "cgroup_limit", lambda: None)
+    monkeypatch.setattr(room, "cgroup_limit", lambda: None)
     assert only(checks.check_memory(config(tmp_path, shm_size_bytes=1 << 50))).outcome == FAIL
-    monkeypatch.setattr(checks, "cgroup_limit", lambda: 512 * MIB)
+    monkeypatch.setattr(room, "cgroup_limit", lambda: 512 * MIB)
     check = only(checks.check_memory(config(tmp_path, shm_size_bytes=64 * MIB)))
     assert check.outcome == WARN
     assert "512 MiB in this container" in check.text
@@ -124,16 +124,16 @@ def test_limits_of_control_groups(tmp_path: Path) -> None:
     root = tmp_path / "fs"
     (root / "a" / "b").mkdir(parents=True)
     membership.write_text("0::/a/b\n")
-    assert checks.cgroup_limit(str(root), str(membership)) is None
+    assert room.cgroup_limit(str(root), str(membership)) is None
     (root / "a" / "b" / "memory.max").write_text("max\n")
     (root / "a" / "memory.max").write_text("1000\n")
     (root / "memory.max").write_text("2000\n")
-    assert checks.cgroup_limit(str(root), str(membership)) == 1000
+    assert room.cgroup_limit(str(root), str(membership)) == 1000
     membership.write_text("5:cpu,memory:/gone\n3:pids:/x\n")
     (root / "memory").mkdir()
     (root / "memory" / "memory.limit_in_bytes").write_text("3000\n")
-    assert checks.cgroup_limit(str(root), str(membership)) == 3000
-    assert checks.cgroup_limit(str(root), str(tmp_path / "none")) is None
+    assert room.cgroup_limit(str(root), str(membership)) == 3000
+    assert room.cgroup_limit(str(root), str(tmp_path / "none")) is None
 
 
 def test_cache_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

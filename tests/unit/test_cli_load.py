@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 
 from cachefs import runtime
+from cachefs.cli import room
 from cachefs.cli.load import build_config, load_config, validate
 from cachefs.cli.options import SETTINGS, render
 from cachefs.config import GIB, KIB, MIB, Addressing, Config, Engine, LogFormat, LowLatency
@@ -26,6 +27,14 @@ NOTHING: dict[str, str] = {}
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     return tmp_path / "cachefs.toml"
+
+
+@pytest.fixture(autouse=True)
+def _a_large_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the machine of the tests can spare is not what they are about."""
+    monkeypatch.setattr(room, "tmpfs_bytes", lambda _: 64 * GIB)
+    monkeypatch.setattr(room, "memory_bytes", lambda: (64 * GIB, "this machine"))
+    monkeypatch.setattr(room, "disk_room_bytes", lambda _: 64 * GIB)
 
 
 def refused(options: dict[str, object], environment: dict[str, str] | None = None) -> str:
@@ -220,7 +229,11 @@ def test_users_have_directories_of_their_own(monkeypatch: pytest.MonkeyPatch) ->
         ({"block_size_bytes": 32 * KIB}, "--block-size 32KiB"),
         ({"block_size_bytes": 32 * MIB}, "--block-size 32MiB"),
         ({"block_size_bytes": 0}, "--block-size 0"),
-        ({"memory_limit_bytes": 127 * MIB}, "--memory-limit 127MiB: must be at least 128MiB"),
+        ({"memory_limit_bytes": 127 * MIB}, "--memory-limit 127MiB: must be at least 128MiB with blocks of 1MiB"),
+        (
+            {"memory_limit_bytes": 200 * MIB, "block_size_bytes": 16 * MIB},
+            "--memory-limit 200MiB: must be at least 224MiB with blocks of 16MiB",
+        ),
         ({"cache_size_bytes": 1}, "--cache-size 1: must be at least 16MiB"),
         (
             {"shm_size_bytes": 64 * MIB, "block_size_bytes": 16 * MIB},
@@ -231,6 +244,8 @@ def test_users_have_directories_of_their_own(monkeypatch: pytest.MonkeyPatch) ->
         ({"metadata_ttl_s": math.nan}, "--metadata-ttl nan"),
         ({"io_timeout_s": math.inf}, "--io-timeout forever: must end at some time"),
         ({"connect_timeout_s": 0.0}, "--connect-timeout 0: must be more than 0"),
+        ({"hang_timeout_s": 1.0}, "--hang-timeout 1s: must be at least 2s"),
+        ({"hang_timeout_s": math.inf}, "--hang-timeout forever: must end at some time"),
         ({"read_only": False}, "writing is not offered yet"),
         ({"anonymous": True, "profile": "work"}, "--anonymous sends no credentials, so --profile work"),
         ({"endpoint_url": "s3.example.com"}, "must look like https://HOST[:PORT]"),
@@ -240,6 +255,9 @@ def test_users_have_directories_of_their_own(monkeypatch: pytest.MonkeyPatch) ->
         ({"ca_bundle": "/nonexistent.pem"}, "--ca-bundle /nonexistent.pem: no such file"),
         ({"max_requests": 0}, "--max-requests 0"),
         ({"uid": -2}, "--uid -2"),
+        ({"uid": (1 << 32) - 1}, "--uid 4294967295: must be between 0 and 4294967294"),
+        ({"read_ahead_bytes": 8 * GIB}, "--read-ahead 8GiB: must be at most 1GiB"),
+        ({"runtime_dir": "/" + "x" * 74}, "xxx: at most 74 bytes, for the sockets in it"),
         ({"gid": 1 << 32}, "--gid 4294967296"),
         ({"file_mode": 0o4755}, "--file-mode 4755"),
         ({"dir_mode": -1}, "--dir-mode -1"),
@@ -265,7 +283,7 @@ def test_a_shm_tier_larger_than_its_tmpfs(monkeypatch: pytest.MonkeyPatch) -> No
         )  # 64 MiB, as containers have it; all in use
 
     monkeypatch.setattr(os, "statvfs", statvfs)
-    text = refused({})
+    text = refused({"shm_size_bytes": 2 * GIB})
     assert "--shm-size 2GiB: the tmpfs /dev/shm holds only 64MiB; use --shm-size 32MiB, or enlarge it: " in text
     assert "mount -o remount,size=2g /dev/shm" in text
     load_config({"shm_size_bytes": 64 * MIB}, NOTHING)

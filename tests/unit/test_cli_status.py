@@ -28,6 +28,7 @@ AGENT_STATUS: dict[str, Any] = {
     "agent_pid": 4711,
     "version": "0.1.0",
     "cache_dir": "/var/cache/cachefs",
+    "log_file": "/run/agent.log",
     "uptime_s": 61.0,
     "rss_anon_bytes": 90 << 20,
     "memory_limit_bytes": 256 << 20,
@@ -156,6 +157,17 @@ def test_before_the_first_read_there_is_no_ratio(runtime: RuntimeDir, process: i
         assert status.collect(runtime.path)["mounts"][0]["hit_ratio"] == {"shm": None, "disk": None}
 
 
+def test_parts_of_other_versions_are_said_and_are_no_problem(runtime: RuntimeDir, process: int) -> None:
+    identity = add_mount(runtime, "/mnt/a", process, version="0.3.0", supervisor_version="0.2.0")
+    with agent(runtime, attached(identity)):
+        outcome = invoke(runtime, "/mnt/a")
+        mount = status.collect(runtime.path)["mounts"][0]
+    assert (mount["version"], mount["supervisor_version"], mount["agent_version"]) == ("0.3.0", "0.2.0", "0.1.0")
+    assert mount["problems"] == []
+    assert "its worker is version 0.3.0, its agent 0.1.0" in outcome.output
+    assert "its worker is version 0.3.0, its supervisor 0.2.0" in outcome.output
+
+
 @pytest.mark.parametrize(
     ("changes", "health", "says"),
     [
@@ -188,11 +200,35 @@ def test_a_tier_that_is_off_is_a_problem_unless_nobody_wants_it(runtime: Runtime
         "shm": {"state": "off", "used_bytes": 0, "limit_bytes": 0, "blocks": 0},
         "disk": {"state": "full", "used_bytes": 1, "limit_bytes": 20 << 30, "blocks": 1},
     }
-    with agent(runtime, attached(identity), tiers=tiers):
+    with agent(runtime, attached(identity), tiers=tiers) as path:
         mount = status.collect(runtime.path)["mounts"][0]
+    os.unlink(path)
     assert mount["health"] == "degraded"
     assert len(mount["problems"]) == 1
     assert "the disk tier is full" in mount["problems"][0]
+    assert "the agent's log says why: /run/agent.log" in mount["problems"][0]
+    tiers["disk"] |= {"state": "off", "reason": "no such disk"}
+    with agent(runtime, attached(identity), tiers=tiers):
+        mount = status.collect(runtime.path)["mounts"][0]
+    assert mount["problems"] == ["the disk tier is off, so other sources serve; no such disk"]
+
+
+def test_a_store_that_does_not_answer_is_a_problem_of_its_mounts(runtime: RuntimeDir, process: int) -> None:
+    identity = add_mount(runtime, "/mnt/a", process)
+    origin = {
+        "failing": True, "since": time.time() - 200, "failures": 12, "last_error": "refused", "last_error_at": 1.0,
+    }  # fmt: skip
+    volumes = {"v1": {"source": "s3://bucket/p", "objects": 1, "bytes": 1, "hidden_keys": 0, "origin": origin}}
+    with agent(runtime, attached(identity), volumes=volumes) as path:
+        mount = status.collect(runtime.path)["mounts"][0]
+    os.unlink(path)
+    assert mount["health"] == "degraded"
+    assert mount["problems"] == [
+        "the store has not answered for 3m, 12 requests failed in a row, so only what is cached can be read; "
+        "the last: refused"
+    ]
+    with agent(runtime, attached(identity), volumes={"v1": {**volumes["v1"], "origin": {"failing": False}}}):
+        assert status.collect(runtime.path)["mounts"][0]["health"] == "ok"
 
 
 def test_an_agent_that_does_not_answer(runtime: RuntimeDir, process: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,10 +35,15 @@ def test_words_of_mount_8() -> None:
     text = (
         "defaults,noauto,user,_netdev,nofail,x-systemd.requires=a.service,X-mount.mkdir,noexec,noatime,noexec,suid,dev"
     )
-    words = parse_words([text + ",env-file=/e,nonempty"])
+    words = parse_words([text + ",env-file=/e,nonempty,config=/c.toml,remount,user_id=0,group_id=0"])
     assert words.settings == {}
     assert words.flags == ["noexec", "noatime"]
-    assert (words.env_file, words.nonempty) == ("/e", True)
+    assert (words.env_file, words.nonempty, words.config_file, words.remount) == ("/e", True, "/c.toml", True)
+
+
+def test_a_configuration_file_is_named_whole() -> None:
+    with pytest.raises(ConfigError, match=r"-o config=c\.toml: must be an absolute path"):
+        parse_words(["config=c.toml"])
 
 
 @pytest.mark.parametrize(

@@ -264,3 +264,127 @@ def test_what_cannot_be_read(environment: dict[str, str]) -> None:
     with pytest.raises(CredentialsError) as caught:
         source(environment).current()
     assert "\n" not in str(caught.value)
+
+
+# -- keys that are replaced -------------------------------------------------------------------------------------------
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def write_keys(path: Path, access_key: str) -> None:
+    path.write_text(f"[default]\naws_access_key_id={access_key}\naws_secret_access_key=s\naws_session_token=t\n")
+
+
+@pytest.fixture
+def rotating(tmp_path: Path) -> tuple[CredentialSource, Path, Clock]:
+    """Credentials from a file, the file, and the clock that says when it is looked at."""
+    path, clock = tmp_path / "credentials", Clock()
+    write_keys(path, "OLD")
+    found = CredentialSource(S3Config(source="s3://bucket"), {**ALONE, "AWS_SHARED_CREDENTIALS_FILE": str(path)}, clock)
+    assert found.current().access_key == "OLD"
+    return found, path, clock
+
+
+@pytest.mark.parametrize("way", ["in place", "by rename"])
+def test_a_file_that_changes_is_read_again(rotating: tuple[CredentialSource, Path, Clock], way: str) -> None:
+    chosen, path, clock = rotating
+    write_keys(path if way == "in place" else path.with_name("new"), "NEW")
+    if way == "by rename":
+        path.with_name("new").rename(path)
+    assert (chosen.current().access_key, chosen.generation) == ("OLD", 0), "it is looked at once a second"
+    clock.now += 1.1
+    assert (chosen.current().access_key, chosen.generation) == ("NEW", 1)
+    assert chosen.for_obstore()["access_key_id"] == "NEW"
+
+
+def test_a_refusal_looks_at_once_and_not_again_for_a_while(
+    rotating: tuple[CredentialSource, Path, Clock], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen, path, clock = rotating
+    finds: list[float] = []
+    find = CredentialSource._find
+
+    def counted(self: CredentialSource) -> object:
+        finds.append(clock.now)
+        return find(self)
+
+    monkeypatch.setattr(CredentialSource, "_find", counted)
+    assert [chosen.renewed(0) for _ in range(100)] == [False] * 100
+    assert len(finds) == 1, "keys that stay bad are not looked for at every refusal"
+    write_keys(path, "NEW")
+    assert chosen.renewed(0), "a file that changed is, however short the time"
+    assert chosen.renewed(0), "who was refused with the old keys tries the new ones without looking"
+    assert not chosen.renewed(1)
+    assert len(finds) == 2
+
+
+@pytest.mark.expect_warnings("no new credentials can be found")
+@pytest.mark.parametrize("text", ["", "[default]\naws_access_key_id=HALF\n", "[default\n", None])
+def test_a_file_that_is_being_written_leaves_the_keys(
+    rotating: tuple[CredentialSource, Path, Clock], text: str | None
+) -> None:
+    chosen, path, clock = rotating
+    if text is None:
+        path.unlink()
+    else:
+        path.write_text(text)
+    clock.now += 1.1
+    assert (chosen.current().access_key, chosen.generation) == ("OLD", 0)
+    write_keys(path, "NEW")
+    clock.now += 1.1
+    assert chosen.current().access_key == "NEW"
+
+
+def test_keys_of_a_container_are_asked_for_again_when_they_are_refused(services: Services) -> None:
+    clock = Clock()
+    environment = {**ALONE, "AWS_CONTAINER_CREDENTIALS_FULL_URI": services.url}
+    chosen = CredentialSource(S3Config(source="s3://bucket"), environment, clock)
+    assert chosen.current().access_key == "TEMPORARY1"
+    assert chosen.renewed(0)
+    assert chosen.current().access_key == "TEMPORARY2"
+    assert not chosen.renewed(1), "the service is not asked at every refusal"
+    clock.now += 6
+    assert chosen.renewed(1)
+    assert len(services.asked) == 3
+
+
+def test_a_role_is_taken_again_when_the_token_file_changes(services: Services, tmp_path: Path) -> None:
+    token, clock = tmp_path / "token", Clock()
+    token.write_text("first")
+    environment = {
+        "AWS_WEB_IDENTITY_TOKEN_FILE": str(token),
+        "AWS_ROLE_ARN": "arn:aws:iam::123456789012:role/reader",
+        "AWS_ENDPOINT_URL_STS": services.url,
+    }
+    chosen = CredentialSource(S3Config(source="s3://bucket"), {**ALONE, **environment}, clock)
+    chosen.current()
+    token.write_text("second")
+    clock.now += 1.1
+    assert chosen.current().access_key == "TEMPORARY2"
+    assert [question["WebIdentityToken"] for question in services.asked] == ["first", "second"]
+
+
+def test_a_source_that_refuses_is_not_asked_by_every_reader(services: Services) -> None:
+    services.status = 403
+    clock = Clock()
+    environment = {**ALONE, "AWS_CONTAINER_CREDENTIALS_FULL_URI": services.url}
+    chosen = CredentialSource(S3Config(source="s3://bucket"), environment, clock)
+    for _ in range(20):
+        with pytest.raises(CredentialsError):
+            chosen.current()
+    asked = len(services.asked)
+    assert asked <= 3, "botocore's own tries of one look-up"
+    clock.now += 1.1
+    services.status = 200
+    assert (chosen.current().access_key or "").startswith("TEMPORARY")
+
+
+def test_keys_of_the_environment_and_no_keys_are_never_renewed() -> None:
+    assert not source({"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}).renewed(0)
+    assert not source({}, anonymous=True).renewed(0)

@@ -48,6 +48,41 @@ def test_what_may_pass_is_tried_again(kind: Kind) -> None:
     assert (counted["origin_requests"], counted["origin_bytes"]) == (5, 3)
 
 
+def pieces(count: int, size: int = 2) -> list[memoryview]:
+    return [memoryview(bytearray(size)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("kind", RETRIED)
+def test_pieces_go_on_where_they_broke_off(kind: Kind) -> None:
+    store, plan, version = rig(Fault(kind, times=2))
+    buffers = pieces(5)
+    assert list(store.read_into(version, 0, buffers)) == [1, 2, 3, 4, 5]
+    assert b"".join(map(bytes, buffers)) == b"0123456789"
+    assert plan.calls[Operation.GET] == 3
+    counted = store.counters.snapshot()
+    assert (counted["origin_requests"], counted["origin_bytes"]) == (3, 10), "no byte is counted twice"
+    assert store.limiter.in_flight == 0
+
+
+def test_a_stream_that_makes_progress_has_all_of_its_time_again() -> None:
+    policy = RetryPolicy(deadline_s=0.5, first_wait_s=0.4, longest_wait_s=0.4)
+    store, plan, version = rig(Fault(Kind.RESET, times=3), policy=policy)
+    started = time.monotonic()
+    assert list(store.read_into(version, 0, pieces(10, 1)))[-1] == 10
+    assert time.monotonic() - started > policy.deadline_s, "half of what is left comes before each reset"
+    assert plan.calls[Operation.GET] == 4
+
+
+def test_a_stream_that_is_left_gives_its_permit_back() -> None:
+    store, _, version = rig(most=1)
+    for _ in range(3):
+        stream = store.read_into(version, 0, pieces(5))
+        assert next(iter(stream)) == 1
+        assert store.limiter.in_flight == 1
+        del stream
+        assert store.limiter.in_flight == 0
+
+
 @pytest.mark.parametrize(("kind", "error"), FINAL)
 def test_what_will_not_pass_is_not_tried_again(kind: Kind, error: type[CachefsError]) -> None:
     store, plan, version = rig(Fault(kind))
@@ -113,12 +148,42 @@ def test_check_is_not_retried() -> None:
     assert plan.calls == {Operation.CHECK: 1}
 
 
-@pytest.mark.expect_warnings("attempt 3", "attempt 4")
+@pytest.mark.expect_warnings("attempt 3")
 def test_log_levels_rise(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "cachefs.store.retry")
-    store, _, version = rig(Fault(Kind.RESET, times=4))
+    store, _, version = rig(Fault(Kind.RESET, times=3))
     store.get_range(version, 0, 1)
-    assert [record.levelname for record in caplog.records] == ["DEBUG", "INFO", "WARNING", "WARNING"]
+    assert [record.levelname for record in caplog.records] == ["DEBUG", "INFO", "WARNING"]
+
+
+@pytest.mark.expect_warnings("attempt")
+def test_an_outage_is_a_line_in_ten_seconds_and_not_a_line_per_request(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "cachefs.store.retry")
+    now_s = 1000.0
+    memory, plan = MemoryStore(), FaultPlan()
+    version = memory.put("key", b"0123456789").version
+    policy = RetryPolicy(deadline_s=60, first_wait_s=0.0001, longest_wait_s=0.001)
+    store = RetryingStore(FaultStore(memory, plan), policy, clock=lambda: now_s)
+
+    def requests(count: int) -> list[str]:
+        caplog.clear()
+        for _ in range(count):
+            plan.clear()
+            plan.add(Fault(Kind.RESET, times=4))
+            store.get_range(version, 0, 1)
+        return [f"{record.levelname} {record.getMessage()}" for record in caplog.records]
+
+    first = requests(10)
+    assert [line.split()[0] for line in first] == ["INFO", "WARNING"]
+    assert "GET 'key' of memory failed, attempt 3" in first[1]
+    now_s += 9.9
+    assert requests(5) == []
+    now_s += 0.2
+    later = [line for line in requests(5) if line.startswith("WARNING")]
+    assert len(later) == 1
+    # two warnings of every request before it, except for the one that was written
+    assert later[0].endswith("(and 29 more since the last such line)")
+    assert store.counters.snapshot()["origin_retries"] == 80, "each is counted all the same"
 
 
 def test_close_ends_waits() -> None:

@@ -1,0 +1,138 @@
+"""Blocks on their way into the shm tier, and who waits for them.
+
+A `Flight` is the one fill of one block; `Waiting` is somebody who wants several. Whoever has the outcome ends the
+flight and by that calls, in the same thread, those who wait for it: an answer does not go through the event loop.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from cachefs.block.lane import Job, Lane
+from cachefs.types import BlockKey, Tier
+
+log = logging.getLogger(__name__)
+
+MIB = 1 << 20
+SHORTEST_RANGE = MIB
+LONGEST_RANGE = 8 * MIB
+RANGES = 4
+"""Neighbouring blocks are fetched in so many parallel ranges, none shorter or longer than these (or one block each)."""
+
+Answer = Callable[["list[Filled] | Exception"], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """One block that is available now."""
+
+    index: int
+    source: Tier
+    payload: bytes | None
+    """The bytes, only when the shm tier does not hold them or `inline` was asked for."""
+
+
+class Flight:
+    """The one fill of one block that is under way.
+
+    `source`, `payload` and `error` are written before it is over, by whoever calls `end`, and read after that. A flight
+    can be over while its job goes on with others.
+    """
+
+    __slots__ = (
+        "_watchers", "error", "index", "inline", "job", "key", "lane", "length", "over", "payload", "source", "wanted",
+    )  # fmt: skip
+
+    _lock = threading.Lock()
+    """One for all: held for moments only."""
+
+    def __init__(self, key: BlockKey, index: int, length: int, *, inline: bool, wanted: bool) -> None:
+        """`inline`: somebody waits for the bytes, wherever the block is; `wanted`: a reader waits for the block."""
+        self.key = key
+        self.index = index
+        self.length = length
+        self.inline = inline
+        self.wanted = wanted
+        self.over = False
+        self.source = Tier.ORIGIN
+        self.payload: bytes | None = None
+        self.error: Exception | None = None
+        self.job: Job | None = None
+        self.lane: Lane | None = None
+        self._watchers: list[Callable[[], None]] = []
+
+    @property
+    def lost(self) -> bool:
+        """Whether the block came and its bytes are not here: no help to who wants them, if no tier has it."""
+        return self.over and self.error is None and self.payload is None
+
+    def watch(self, watcher: Callable[[], None]) -> None:
+        """Call `watcher` once when it is over: in the thread that ends it, or at once. Any thread."""
+        with self._lock:
+            if not self.over:
+                self._watchers.append(watcher)
+                return
+        watcher()
+
+    def end(self) -> None:
+        """It is over: tell those who wait. Any thread, and more than once."""
+        with self._lock:
+            self.over = True
+            watchers, self._watchers = self._watchers, []
+        for watcher in watchers:
+            try:
+                watcher()
+            except Exception:
+                log.exception("somebody who waited for a block could not be told")  # the others can
+
+
+class Waiting:
+    """Somebody who waits for several flights. Called once for each of them (any thread), and once by `start`."""
+
+    def __init__(self, ready: list[Filled], flights: Sequence[Flight], answer: Answer, *, strict: bool) -> None:
+        self._ready = ready
+        self._flights = flights
+        self._answer = answer
+        self._strict = strict
+        self._left = len(flights) + 1
+        self._lock = threading.Lock()
+
+    def __call__(self) -> None:
+        with self._lock:
+            self._left -= 1
+            if self._left:
+                return
+        self._answer(self._outcome())
+
+    def _outcome(self) -> list[Filled] | Exception:
+        landed = []
+        for flight in self._flights:
+            if flight.error is None:
+                landed.append(Filled(flight.index, flight.source, flight.payload))
+            elif self._strict:
+                # A copy: many raise the error of one flight, and each adds its own traceback.
+                error = copy.copy(flight.error)
+                error.__cause__ = flight.error
+                return error
+        return sorted([*self._ready, *landed], key=lambda block: block.index)
+
+
+def ranges_of(flights: Sequence[Flight], block_size: int, under_way: int = 0) -> list[list[Flight]]:
+    """Split flights into groups of neighbours, each to be read as one range, beside so many that are under way.
+
+    Few long ranges cost the least on both ends, and their blocks are used while the rest comes in; but a store gives a
+    connection only so much, so what comes first is spread over several.
+    """
+    wanted = len(flights) * block_size // max(1, RANGES - under_way)
+    longest = max(1, min(max(wanted, SHORTEST_RANGE), LONGEST_RANGE) // block_size)
+    groups: list[list[Flight]] = []
+    for flight in flights:
+        if groups and len(groups[-1]) < longest and groups[-1][-1].index + 1 == flight.index:
+            groups[-1].append(flight)
+        else:
+            groups.append([flight])
+    return groups

@@ -6,6 +6,10 @@ everywhere and its switch in sysfs is off, but MADV_COLLAPSE (madvise(2), Linux 
 has the file mapped: it wants one page of each 2 MiB to be there and replaces it, and the hole around it, by one huge
 page.
 
+The host of a virtual machine may take free memory back (free page reporting), and it takes whole huge pages: then a MiB
+of those costs 2.5 ms the next time, while small pages come from what others have freed a moment ago. So the cost is
+measured, and small pages are used for a while where huge ones are dear.
+
 `HugePages.allocate` does for a part of a file what posix_fallocate does, with huge pages where it can. INVARIANT: it
 never changes what the file holds, and when it returns every byte of the part has its block.
 
@@ -20,11 +24,16 @@ import errno
 import logging
 import mmap
 import os
+import time
 
 log = logging.getLogger(__name__)
 
 HUGE_PAGE = 2 << 20
 """x86-64, and ARM with pages of 4 KiB; elsewhere madvise refuses, and pages are small."""
+DEAR_S = 0.0005
+"""CPU time for a MiB from which on small pages are cheaper."""
+FIRST_PAUSE_S = 2.0
+LONGEST_PAUSE_S = 60.0
 _MADV_COLLAPSE = 25
 _MAP_FIXED = 0x10
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -42,11 +51,13 @@ class HugePages:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self.usable = True
+        self._dear_until = 0.0
+        self._pause_s = FIRST_PAUSE_S
 
     def allocate(self, start: int, end: int) -> None:
         """Give blocks to the bytes `start` to `end` of the file. Raises OSError as posix_fallocate(3) does."""
         first, last = -(-start // HUGE_PAGE) * HUGE_PAGE, end // HUGE_PAGE * HUGE_PAGE
-        if self.usable and first < last:
+        if self.usable and first < last and time.monotonic() >= self._dear_until:
             self._collapse(first, last)
         os.posix_fallocate(self._descriptor, start, end - start)  # what is there already costs next to nothing
 
@@ -62,12 +73,23 @@ class HugePages:
             for offset in range(first, last, HUGE_PAGE):
                 os.posix_fallocate(self._descriptor, offset, mmap.PAGESIZE)
             # One call for all: each makes every processor empty its list of new pages first.
-            if _libc.madvise(place, last - first, _MADV_COLLAPSE) != 0:
+            began = time.thread_time()
+            refused = _libc.madvise(place, last - first, _MADV_COLLAPSE) != 0
+            self._judge((time.thread_time() - began) / ((last - first) >> 20))
+            if refused:
                 code = ctypes.get_errno()
                 self.usable = code != errno.EINVAL  # an older kernel; else no free huge page now, perhaps later
                 log.debug("no huge page: %s", os.strerror(code))
         finally:
             _libc.munmap(address, size)
+
+    def _judge(self, cost_s: float) -> None:
+        """Take note of what a MiB of huge pages has cost."""
+        if cost_s < DEAR_S:
+            self._pause_s = FIRST_PAUSE_S
+            return
+        self._dear_until = time.monotonic() + self._pause_s
+        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
 
     def _map(self, offset: int, length: int) -> tuple[int, int]:
         """Map a part of the file at a multiple of a huge page, inside of a reserved piece of address space.

@@ -8,6 +8,7 @@ import mmap
 import os
 import random
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,6 +89,28 @@ def test_a_kernel_that_gives_none(descriptor: int, code: int, monkeypatch: pytes
     pages.allocate(0, 8 * MIB)
     assert allocated(descriptor) >= 8 * MIB
     assert pages.usable == (code != errno.EINVAL)
+
+
+def test_huge_pages_that_are_dear_are_left_alone_for_a_while(descriptor: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def collapse(place: int, length: int, advice: int) -> int:
+        calls.append(length)
+        return 0
+
+    monkeypatch.setattr(huge_pages._libc, "madvise", collapse)
+    clock = iter(range(100))
+    monkeypatch.setattr(time, "thread_time", lambda: next(clock))  # each looks a second long
+    monkeypatch.setattr(huge_pages, "FIRST_PAUSE_S", 0.2)
+    pages = HugePages(descriptor)
+    for end in (4, 8, 12):
+        pages.allocate(0, end * MIB)
+    assert calls == [4 * MIB], "the first was dear"
+    assert allocated(descriptor) >= 12 * MIB
+    time.sleep(0.25)
+    pages.allocate(12 * MIB, 16 * MIB)
+    pages.allocate(16 * MIB, 20 * MIB)
+    assert calls == [4 * MIB, 4 * MIB], "asked for again, and dear again"
 
 
 def test_a_disk_has_none(tmp_path: Path) -> None:

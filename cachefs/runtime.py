@@ -141,6 +141,10 @@ def lock_holder(lock_file: str) -> int:
     return 0
 
 
+TRACED = "t"
+"""The state of a process that a debugger has stopped."""
+
+
 def process_state(pid: int) -> str:
     """Return what a process does now, in one letter of proc(5): "R", "S", "D", "T", "t" ...; "" when nobody knows."""
     try:

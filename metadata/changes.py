@@ -118,17 +118,7 @@ class Changes:
 
     def walk(self, parent: Ino, first: bytes, end: bytes | None) -> Iterator[tuple[bytes, bytes]]:
         """Yield (sort key, record) from `first` up to `end` (None: all). The tree must not change meanwhile."""
-        head = ino_key(parent)
-        cursor = self._txn.cursor(self._tables.dentries)
-        if not cursor.set_range(head + first):
-            return
-        for key, raw in cursor:
-            if not key.startswith(head):
-                return
-            place = key[len(head) :]
-            if end is not None and place >= end:
-                return
-            yield place, raw
+        return walk(self._txn, self._tables, parent, first, end)
 
     # -- entries -------------------------------------------------------------------------------------------------------
 
@@ -362,3 +352,18 @@ class Changes:
     def _put_dentry(self, parent: Ino, dentry: Dentry) -> None:
         place = ino_key(parent) + sort_key(dentry.name, dentry.kind)
         self._txn.put(place, pack_dentry(dentry), db=self._tables.dentries)
+
+
+def walk(txn: Any, tables: Tables, parent: Ino, first: bytes, end: bytes | None) -> Iterator[tuple[bytes, bytes]]:
+    """Yield (sort key, record) of a directory's dentries from `first` up to `end` (None: all)."""
+    head = ino_key(parent)
+    cursor = txn.cursor(tables.dentries)
+    if not cursor.set_range(head + first):
+        return
+    for key, raw in cursor:
+        if not key.startswith(head):
+            return
+        place = key[len(head) :]
+        if end is not None and place >= end:
+            return
+        yield place, raw

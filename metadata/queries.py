@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from cachefs.errors import StaleObject
 from cachefs.types import FileKind, Ino
-from metadata.changes import Tables
+from metadata.changes import Tables, walk
 from metadata.names import SLASH, name_of, sort_key
 from metadata.records import Dentry, Directory, Inode, ino_key, unpack_dentry, unpack_directory, unpack_inode
 
@@ -65,14 +66,8 @@ def listing(txn: Any, tables: Tables, parent: Ino, after: bytes, limit: int) -> 
 
 def names_in(txn: Any, tables: Tables, parent: Ino, limit: int) -> list[bytes]:
     """Return up to `limit` names of a directory, whatever became of them."""
-    head = ino_key(parent)
-    cursor = txn.cursor(tables.dentries)
-    found: list[bytes] = []
-    for key, _ in cursor if cursor.set_range(head) else ():
-        if not key.startswith(head) or len(found) >= limit:
-            break
-        found.append(name_of(key[len(head) :])[0])
-    return found
+    found = itertools.islice(walk(txn, tables, parent, b"", None), limit)
+    return [name_of(place)[0] for place, _ in found]
 
 
 def key_of(txn: Any, tables: Tables, ino: Ino, prefixes: Mapping[Ino, bytes]) -> tuple[bytes, bool]:

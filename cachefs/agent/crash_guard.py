@@ -32,9 +32,9 @@ class CrashGuard:
         self._history = cache_dir / "crash-history"
         self._stream: IO[bytes] | None = None
 
-    def begin(self, environments: list[Path], in_memory: list[Path]) -> int:
+    def begin(self, environments: list[Path], in_memory: list[Path]) -> None:
         """Look at how the last life ended; take the environments away after a second memory fault (set aside a tmpfs
-        would go on taking the memory of a whole tier). Returns recent faults.
+        would go on taking the memory of a whole tier).
 
         A read-only cache directory is not an error: then nothing is watched.
         """
@@ -47,13 +47,10 @@ class CrashGuard:
                 for path in in_memory:
                     shutil.rmtree(path, ignore_errors=True)
                 self._history.unlink(missing_ok=True)
-                faults = 0
             self._stream = open(self._file, "wb")  # noqa: SIM115 - faulthandler needs it open for our whole life
             faulthandler.enable(self._stream)
         except OSError as error:
             log.warning("no crash guard: %s", error)
-            return 0
-        return faults
 
     def _recent_faults(self) -> int:
         now = time.time()

@@ -23,7 +23,7 @@ from typing import Protocol
 import trio
 
 from cachefs.agent.launch import AgentPlan, silent_listener
-from cachefs.runtime import process_state
+from cachefs.runtime import TRACED, process_state
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,6 @@ STRANGER_LIMITS = 4
 """An agent that this worker never heard may be starting still, with files to look at, and gets so much more time."""
 SLACK_S = 1.0
 """How late a look may be."""
-TRACED = "t"
 DEAD = ("", "Z", "X")
 
 

@@ -155,13 +155,9 @@ class Agent:
         When the agent ends, a request to a store that hangs is left behind. Writing metadata is waited for: LMDB must
         not be closed under a thread that is in it.
         """
-        try:
-            return await trio.to_thread.run_sync(
-                function, *args, limiter=threads, abandon_on_cancel=not _writes_metadata(function)
-            )
-        except MetadataFull as error:
-            await self._go_elsewhere(error)
-            raise
+        return await self._in_thread(
+            functools.partial(function, *args), threads, abandon=not _writes_metadata(function)
+        )
 
     async def _housework(self, function: Callable[..., T], *args: Any, abandon: bool = False) -> T:
         """The same for what must never wait behind look-ups that wait for a store: attaching, sweeping, settling.
@@ -170,8 +166,11 @@ class Agent:
         made), and is left behind when the agent ends.
         """
         threads = trio.CapacityLimiter(1) if abandon else self._housework_threads
+        return await self._in_thread(functools.partial(function, *args), threads, abandon=abandon)
+
+    async def _in_thread(self, work: Callable[[], T], threads: trio.CapacityLimiter, *, abandon: bool) -> T:
         try:
-            return await trio.to_thread.run_sync(function, *args, limiter=threads, abandon_on_cancel=abandon)
+            return await trio.to_thread.run_sync(work, limiter=threads, abandon_on_cancel=abandon)
         except MetadataFull as error:
             await self._go_elsewhere(error)
             raise

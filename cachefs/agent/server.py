@@ -19,7 +19,7 @@ import trio
 from cachefs import __version__, errors
 from cachefs.agent import framing, messages
 from cachefs.agent.sender import Sender
-from cachefs.agent.volumes import AttachedMount, Volume, Volumes
+from cachefs.agent.volumes import AttachedMount, FileVersion, Volume, Volumes
 from cachefs.block.block_cache import BlockCache, Priority
 from cachefs.block.flights import Answer, Filled
 from cachefs.types import BlockKey, Ino
@@ -217,9 +217,7 @@ class _Connection:
         """Answer with the bytes of the blocks: there is room for them before they come, until they were sent."""
         cache = self._server.cache
         try:
-            volume = self._attached()
-            file = volume.file(Ino(request.ino), self._server.block_size)
-            count = max(0, min(request.count, file.blocks - request.first, MAX_FILL_BLOCKS))
+            volume, file, count = self._asked(request)
             async with cache.carriage.room(self, cache.carried_bytes(file.version, request.first, count)):
                 blocks = await cache.fill(file.oid, file.version, volume.store, request.first, count, inline=True)
                 payload_bytes = sum(len(block.payload or b"") for block in blocks)
@@ -227,9 +225,7 @@ class _Connection:
                 del blocks
                 await self._sender.deliver(frame)
         except Exception as error:  # noqa: BLE001 - as in `_run`
-            if isinstance(error, errors.StaleObject):
-                await self._attached().ask_again(Ino(request.ino))
-            self._reply(_failure(request.id, error))
+            await self._run(request.id, self._failed(request, error))
 
     def _start_readahead(self, request: messages.Readahead) -> None:
         try:
@@ -240,11 +236,15 @@ class _Connection:
             log.exception("readahead failed")
 
     def _start(self, request: messages.Fill | messages.Readahead, answer: Answer, priority: Priority) -> None:
-        volume = self._attached()
-        file = volume.file(Ino(request.ino), self._server.block_size)
-        count = max(0, min(request.count, file.blocks - request.first, MAX_FILL_BLOCKS))
+        volume, file, count = self._asked(request)
         start = self._server.cache.start
         start(file.oid, file.version, volume.store, request.first, count, answer, priority=priority)
+
+    def _asked(self, request: messages.Fill | messages.Readahead) -> tuple[Volume, FileVersion, int]:
+        """Return which file is meant, and how many of the blocks asked for there are (as many as one answer takes)."""
+        volume = self._attached()
+        file = volume.file(Ino(request.ino), self._server.block_size)
+        return volume, file, max(0, min(request.count, file.blocks - request.first, MAX_FILL_BLOCKS))
 
     async def _cached(self, request: messages.Cached) -> messages.Answer:
         file = self._attached().file(Ino(request.ino), self._server.block_size)

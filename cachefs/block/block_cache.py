@@ -112,7 +112,7 @@ class BlockCache:
         if self.flush_at_exit and self._spiller is not None:
             with trio.CancelScope(shield=True):
                 await self._spiller.adopt()  # also what jobs have committed that were not waited for
-                await self._spiller.flush()
+                await self.flush_spill()
 
     # -- asking --------------------------------------------------------------------------------------------------------
 

@@ -127,20 +127,19 @@ class BlockMover:
             pass
         return Tier.ORIGIN, bytes(body)
 
-    def promote(self, flight: Flight) -> bool:
-        """Bring a block from the disk tier into the shm tier; returns False when it is not good there."""
+    def promote(self, flight: Flight) -> None:
+        """Bring a block from the disk tier into the shm tier and end its flight; one that is not good there goes on."""
         assert self._disk is not None
         value = self._disk.read(flight.key, flight.length)
         if value is None:
             self._counters.add(metrics.DISK_MISSES.name)
-            return False
+            return
         self._counters.add(metrics.DISK_HITS.name)
         self._counters.add(metrics.DISK_HIT_BYTES.name, flight.length)
         self._disk.touch([flight.key])
         stored = self._into_shm([(flight.key, value)])
         flight.source = Tier.DISK
         self._end(flight, value, stored=stored)
-        return True
 
     def fetch(
         self,

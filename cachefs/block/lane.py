@@ -84,8 +84,7 @@ class Lane:
         self._closed = False
         self._shares = Shares(budget_bytes)
         self._lines: dict[object, _Line] = {}
-        self._turns: deque[_Line] = deque()
-        """The lines that have jobs, whoever's turn is next first."""
+        """By source: the lines that have jobs, whoever's turn is next first."""
 
     @property
     def held_bytes(self) -> int:
@@ -107,7 +106,6 @@ class Lane:
         line = self._lines.get(source)
         if line is None:
             line = self._lines[source] = _Line(source)
-            self._turns.append(line)
         line.slots = slots
         job.line = line
         line.queues[job.priority].append(job)
@@ -161,16 +159,14 @@ class Lane:
     def _next(self) -> Job | None:
         """Take the next job out of its line; None when no line has one that may start."""
         for priority in Priority:
-            for line in self._turns:
+            for line in self._lines.values():
                 queue = line.queues[priority]
                 if not queue or not line.has_slot(priority):
                     continue
                 if priority is Priority.READAHEAD and line.queues[Priority.DEMAND]:
                     continue
                 if self._shares.fits(line.source, queue[0].size, greed=GREED[priority]):
-                    if len(self._turns) > 1:
-                        self._turns.remove(line)
-                        self._turns.append(line)
+                    self._lines[line.source] = self._lines.pop(line.source)  # behind the others
                     return queue.popleft()
         return None
 
@@ -180,7 +176,6 @@ class Lane:
         self._shares.give_back(line.source, job.size)
         if not line.running and not any(line.queues):  # a source that is gone leaves nothing behind
             del self._lines[line.source]
-            self._turns.remove(line)
 
     def _work(self) -> None:
         """One thread: jobs, one after the other, until the lane is closed."""

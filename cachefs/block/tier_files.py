@@ -184,13 +184,12 @@ def remove(directory: str) -> None:
 def take_away(directory: str) -> str:
     """Take an environment away and return what was done. Raises OSError.
 
-    One of ours is only a cache: it is deleted, in the background, because that takes seconds for many GiB. What looks
-    foreign may be somebody's only copy: it is set aside, and the newest of those is kept.
+    One of ours is only a cache: it is deleted, in the background, because that takes seconds for many GiB
+    (`remove_leftovers`, when the directory is opened again). What looks foreign may be somebody's only copy: it is set
+    aside, and the newest of those is kept.
     """
     if is_ours(directory):
-        gone = f"{directory}{GONE_SUFFIX}{time.time_ns()}"
-        os.rename(directory, gone)
-        remove_leftovers(directory)
+        os.rename(directory, f"{directory}{GONE_SUFFIX}{time.time_ns()}")
         return "deleted it"
     parent, base = os.path.split(directory)
     former = sorted(Path(parent).glob(f"{base}{ASIDE_SUFFIX}*"), key=lambda path: _number(path.name))

@@ -65,12 +65,16 @@ class Growth:
     @property
     def slack(self) -> int:
         """What stays free of that for trees, and for pages that are free but too scattered. Raises TierUnavailable."""
-        return max(self.limit // 20, 4 * self._block_cost)
+        return self._slack_of(self.limit)
 
     @property
     def usable(self) -> int:
         """How many bytes blocks may take now. Raises TierUnavailable."""
-        return self.limit - self.slack
+        limit = self.limit
+        return limit - self._slack_of(limit)
+
+    def _slack_of(self, limit: int) -> int:
+        return max(limit // 20, 4 * self._block_cost)
 
     @property
     def deficit(self) -> int:
@@ -102,11 +106,10 @@ class Growth:
         self._retry_at = time.monotonic() + RETRY_S
         self._cut(env, self._promised)
 
-    def punch(self, extents: list[tuple[int, int]]) -> bool:
-        """Give back the blocks of values that were just deleted; returns whether the file system can do that."""
+    def punch(self, extents: list[tuple[int, int]]) -> None:
+        """Give back the blocks of values that were just deleted; `can_punch` tells whether the file system can."""
         with self._gate.closed():  # who began to read before they were deleted is gone then
             self.can_punch = self.room is not None and self.room.punch(extents)
-        return self.can_punch
 
     def trim(self, env: BlockEnvironment) -> None:
         """Give back what was promised and is not in use yet."""

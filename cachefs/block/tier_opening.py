@@ -79,16 +79,19 @@ def settled_block_size(directory: str, wanted: int, limit_bytes: int) -> int:
     """
     try:
         meta = tier_files.read_meta(directory)
-        if meta is None:
-            return wanted
-        if tier_files.distrust(directory, meta, tier_files.Stamp.load(directory)) and tier_files.structure_flaw(
-            directory
-        ):
+        if meta is None or _flaw(directory, meta):
             return wanted
         found = stored_block_size(directory)
     except (errors.CorruptBlock, errors.TierUnavailable, OSError):
         return wanted  # whoever opens it says why
     return found if found and found & (found - 1) == 0 and LEAST_BLOCKS * found <= limit_bytes else wanted
+
+
+def _flaw(directory: str, meta: tier_files.Meta) -> str:
+    """Return why LMDB must not map the file, "" when it may. Raises CorruptBlock."""
+    if not tier_files.distrust(directory, meta, tier_files.Stamp.load(directory)):
+        return ""
+    return tier_files.structure_flaw(directory)
 
 
 def _inspect(directory: str, map_size: int, unusable: str) -> bool:
@@ -99,9 +102,7 @@ def _inspect(directory: str, map_size: int, unusable: str) -> bool:
             # A lock file without its data file must go too: readers that are still there hold the old pair.
             raise errors.CorruptBlock(unusable or "its data file is gone or empty")
         return False
-    flaw = unusable
-    if not flaw and tier_files.distrust(directory, meta, tier_files.Stamp.load(directory)):
-        flaw = tier_files.structure_flaw(directory)
+    flaw = unusable or _flaw(directory, meta)
     if flaw:
         raise errors.CorruptBlock(flaw)
     return max((meta.last_page + 1) * PAGE_SIZE, tier_files.allocated_bytes(directory)) > map_size + PAGE_SIZE

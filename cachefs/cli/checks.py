@@ -22,7 +22,7 @@ from cachefs import runtime
 from cachefs.cli import output
 from cachefs.cli.load import Loaded, nearest_key, validate
 from cachefs.cli.options import ENVIRONMENT_PREFIX, SETTINGS
-from cachefs.cli.room import disk_room_bytes, memory_bytes, used_bytes
+from cachefs.cli.room import disk_room_bytes, memory_bytes, nearest_existing, used_bytes
 from cachefs.cli.status import is_running
 from cachefs.config import Config, LowLatency
 from cachefs.errors import ConfigError
@@ -232,7 +232,7 @@ def check_cache_directory(config: Config) -> Iterator[Check]:
     """The disk tier: may it be written, on what file system, and is there room?"""
     cache = config.cache
     directory = Path(cache.cache_dir)
-    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    existing = nearest_existing(directory)
     try:
         with tempfile.TemporaryDirectory(prefix=".cachefs-doctor-", dir=existing):
             pass
@@ -262,7 +262,7 @@ def check_cache_directory(config: Config) -> Iterator[Check]:
 def check_runtime_directory(config: Config) -> Iterator[Check]:
     """Sockets and state files have to go somewhere."""
     directory = Path(config.cache.runtime_dir)
-    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    existing = nearest_existing(directory)
     if len(os.fsencode(directory)) > runtime.MAX_PATH_BYTES:
         yield Check("runtime directory", FAIL, f"{directory} is too long for a socket", "use a shorter --runtime-dir")
     elif not os.access(existing, os.W_OK | os.X_OK):

@@ -37,7 +37,7 @@ class MountWords:
     """What -o said."""
 
     settings: dict[str, object] = field(default_factory=dict)
-    """Settings as text, to be merged with other options and handed to `load_config`."""
+    """Settings as text, to be merged with other options and handed to `cachefs.cli.load.load`."""
     flags: list[str] = field(default_factory=list)
     """Flags for mount(2): "noexec", "noatime"."""
     nonempty: bool = False

@@ -289,7 +289,7 @@ def config_options(*sections: str) -> Callable[[_Command], _Command]:
     """Return a decorator that adds --config and the options of `sections` ("s3", "cache", ...; none: all) to a command.
 
     The command receives `config_file` and one keyword argument per field, None where nothing was typed: hand them to
-    `cachefs.cli.load.load_config` as they are.
+    `cachefs.cli.load.load` as they are.
     """
     known = {section.name for section in dataclasses.fields(Config)}
     assert known.issuperset(sections), f"unknown sections {set(sections) - known}"

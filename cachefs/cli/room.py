@@ -15,6 +15,7 @@ INVARIANT: what a person wrote is never changed. `cachefs.cli.load.validate` ref
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -39,13 +40,13 @@ def fit(cache: CacheConfig, given: Collection[str]) -> tuple[CacheConfig, tuple[
     """
     sizes: dict[str, Any] = {}
     notices: list[str] = []
-    for name, option, tier, offers in (
-        ("shm_size_bytes", "--shm-size", "shm", _shm_offers(cache, given)),
-        ("cache_size_bytes", "--cache-size", "disk", _disk_offers(cache)),
+    for name, option, tier, offers_of in (
+        ("shm_size_bytes", "--shm-size", "shm", functools.partial(_shm_offers, cache, given)),
+        ("cache_size_bytes", "--cache-size", "disk", functools.partial(_disk_offers, cache)),
     ):
         if name in given:
             continue
-        bytes_, why = min(offers, default=(1 << 62, ""))
+        bytes_, why = min(offers_of(), default=(1 << 62, ""))
         bytes_ = bytes_ // MIB * MIB
         if bytes_ >= getattr(cache, name):
             continue
@@ -96,10 +97,14 @@ def memory_bytes() -> tuple[int, str]:
     return (limit, "this container") if limit is not None and limit < total else (total, "this machine")
 
 
+def nearest_existing(directory: Path) -> Path:
+    """Return the directory, or the nearest one above it that is there."""
+    return next(path for path in (directory, *directory.parents) if path.exists())
+
+
 def disk_room_bytes(directory: Path) -> int:
     """Return how much a tier below `directory` can take, what it has taken already included. Raises OSError."""
-    existing = next(path for path in (directory, *directory.parents) if path.exists())
-    stat = os.statvfs(existing)
+    stat = os.statvfs(nearest_existing(directory))
     return stat.f_bavail * stat.f_frsize + used_bytes(directory / "disk")
 
 

@@ -45,6 +45,7 @@ from cachefs.fuse.protocol import (
     OUT_HEADER,
     OUT_HEADER_SIZE,
     READ_IN,
+    UNMOUNTED,
     Opcode,
     error_reply,
 )
@@ -58,7 +59,6 @@ BUFFER_BYTES = (1 << 20) + (64 << 10)
 _INDEX = struct.Struct(">I")
 _GONE = frozenset({errno.ENOENT, errno.EINTR})
 """write(2) on the device: nobody waits for that answer any more."""
-_UNMOUNTED = frozenset({errno.ENODEV, errno.ECONNABORTED, errno.EBADF})
 
 
 class MissSink(Protocol):
@@ -151,7 +151,7 @@ class Channel:
             except OSError as error:
                 if error.errno in _GONE or error.errno == errno.EAGAIN:
                     continue
-                if error.errno not in _UNMOUNTED:
+                if error.errno not in UNMOUNTED:
                     log.error("reading requests failed: %s", error)
                 self._on_unmounted()
                 return
@@ -302,14 +302,14 @@ class Channel:
         try:
             os.writev(self._device, parts)
         except OSError as error:
-            if error.errno not in _GONE and error.errno not in _UNMOUNTED:
+            if error.errno not in _GONE and error.errno not in UNMOUNTED:
                 raise
 
     def _write(self, message: bytes | memoryview) -> None:
         try:
             os.write(self._device, message)
         except OSError as error:
-            if error.errno not in _GONE and error.errno not in _UNMOUNTED:
+            if error.errno not in _GONE and error.errno not in UNMOUNTED:
                 log.warning("the kernel refused an answer of %d bytes: %s", len(message), error)
 
     def _carry_replies(self) -> None:

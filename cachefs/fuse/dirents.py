@@ -32,7 +32,7 @@ Dot = tuple[int, Ino, bytes]
 def dots_behind(cookie: int, ino: Ino, inode: Inode | None) -> list[Dot]:
     """Return which of "." and ".." of directory `ino` (`inode`: its record) come behind `cookie`."""
     parent = ino if inode is None else inode.parent
-    return [(DOT_COOKIE, ino, b"."), (DOTDOT_COOKIE, parent, b"..")][cookie:] if cookie <= DOTDOT_COOKIE else []
+    return [(DOT_COOKIE, ino, b"."), (DOTDOT_COOKIE, parent, b"..")][cookie:]
 
 
 def entry_before(cookie: int) -> Ino | None:

@@ -25,7 +25,7 @@ import trio
 
 from cachefs import errors
 from cachefs.fuse import notifier
-from cachefs.fuse.protocol import all_names_expired, name_expired
+from cachefs.fuse.protocol import UNMOUNTED, all_names_expired, name_expired
 from cachefs.types import ROOT_INO, Ino
 from metadata.store import MetadataReader
 
@@ -38,7 +38,6 @@ MAX_REMEMBERED = 4096
 MAX_TOP_NAMES = 10_000
 """What a kernel that cannot forget all at once is told to ask for again: 20 ms, if it has them all."""
 _NOTIFIER = (sys.executable, "-I", "-S", str(Path(notifier.__file__)))
-_UNMOUNTED = frozenset({errno.ENODEV, errno.ECONNABORTED, errno.EBADF})
 
 
 class KernelNames:
@@ -116,7 +115,7 @@ class KernelNames:
             if error.errno == errno.EINVAL:  # this kernel does not know it
                 if self._top:
                     self._notify(b"".join(name_expired(ROOT_INO, name) for name in self._top))
-            elif error.errno not in _UNMOUNTED:
+            elif error.errno not in UNMOUNTED:
                 log.warning("the kernel keeps its names: %s", error)
 
     def _notify(self, messages: bytes) -> None:
@@ -128,5 +127,5 @@ class KernelNames:
         except OSError as error:
             log.warning("the kernel keeps names of files that changed: no notifier can be started: %s", error)
             return
-        if done.returncode not in (0, *_UNMOUNTED):
+        if done.returncode not in (0, *UNMOUNTED):
             log.warning("the kernel keeps names of files that changed (notifier: exit code %d)", done.returncode)

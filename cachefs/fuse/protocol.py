@@ -9,6 +9,7 @@ INVARIANT: standard library only. The supervisor reads and answers messages with
 from __future__ import annotations
 
 import enum
+import errno
 import struct
 
 
@@ -36,6 +37,8 @@ class Opcode(enum.IntEnum):
     READDIRPLUS = 44
 
 
+UNMOUNTED = frozenset({errno.ENODEV, errno.ECONNABORTED, errno.EBADF})
+"""Errors of the device when its mount is gone."""
 UNANSWERED = frozenset({Opcode.FORGET, Opcode.INTERRUPT, Opcode.NOTIFY_REPLY, Opcode.BATCH_FORGET})
 """The kernel expects no answer to these."""
 NOTIFY_INVAL_ENTRY = 3

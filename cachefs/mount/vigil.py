@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 
 from cachefs.mount.loop import Loop
-from cachefs.runtime import process_state
+from cachefs.runtime import TRACED, process_state
 
 BEATS = 6
 """Beats within the limit."""
@@ -23,7 +23,6 @@ _STEPS = 30
 _SLACK_S = 1.0
 """How late a step may be."""
 WORDS = {"T": "it is stopped", "D": "it waits in the kernel", "R": "it runs"}
-TRACED = "t"
 
 
 class Vigil:

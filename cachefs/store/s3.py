@@ -158,13 +158,12 @@ class S3Store:
                 address = self._address = self._address or found
         return address
 
-    def _move(self, region: str) -> Address:
+    def _move(self, region: str) -> None:
         """Use another region from now on: the bucket's own, as an answer said."""
         moved = self._where().in_region(region)
         with self._lock:
             self._address = moved
             self._obstore = None
-        return moved
 
     # -- the signed way -----------------------------------------------------------------------------------------------
 

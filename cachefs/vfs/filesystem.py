@@ -80,7 +80,7 @@ class FileSystem:
         known = self._freshness.name(self.reads.names, parent, name, self._clock_ns())
         if isinstance(known, Known):
             inode = self.reads.names.inode(known.dentry.ino)
-            attributes = self._rules.of_dentry(known.dentry) if inode is None else self._rules.of_inode(inode)
+            attributes = self._rules.of_dentry(known.dentry, inode)
             return attributes, known.valid_s
         if isinstance(known, Absent):
             return None, known.valid_s

@@ -16,7 +16,7 @@ from cachefs import errors
 from cachefs.block.codec import HEADER_SIZE
 from cachefs.block.tier_reader import TierReader
 from cachefs.prefetch.window import ReadWindow
-from cachefs.types import FileKind, Ino, ObjectId, ObjectVersion, object_id
+from cachefs.types import FileKind, Ino, ObjectId, ObjectVersion, block_key, object_id
 from metadata.store import MetadataReader
 
 _INDEX = struct.Struct(">I")
@@ -108,7 +108,7 @@ class ReadPath:
     def keys(self, view: FileView, start: int, end: int) -> Iterator[bytes]:
         """Return the keys of the blocks that hold the bytes `start` to `end` of a file."""
         for index in range(start >> self.shift, ((end - 1) >> self.shift) + 1):
-            yield view.oid + _INDEX.pack(index)
+            yield block_key(view.oid, index)
 
     def views(
         self, snapshot: Snapshot, view: FileView, start: int, end: int, given: dict[int, bytes] | None = None

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 
 import click
 
@@ -109,12 +107,6 @@ def _check_rights() -> None:
         raise click.ClickException("the bench needs " + "; ".join(missing))
 
 
-def _end_in_order(number: int, frame: FrameType | None) -> None:
-    """Turn SIGTERM and SIGHUP into an exception, so that every mount is taken away on the way out."""
-    raise SystemExit(128 + number)
-
-
 if __name__ == "__main__":
-    for ending in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ending, _end_in_order)
+    machine.end_in_order()
     main()

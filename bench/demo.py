@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 import xxhash
@@ -328,12 +327,6 @@ def main() -> int:
     return 0
 
 
-def _end_in_order(number: int, frame: FrameType | None) -> None:
-    """Turn SIGTERM and SIGHUP into an exception, so that the mount is taken away on the way out."""
-    raise SystemExit(128 + number)
-
-
 if __name__ == "__main__":
-    for ending in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ending, _end_in_order)
+    machine.end_in_order()
     sys.exit(main())

@@ -106,8 +106,8 @@ class ListingServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, objects: int, port: int = 0) -> None:
-        super().__init__(("127.0.0.1", port), _Answer)
+    def __init__(self, objects: int) -> None:
+        super().__init__(("127.0.0.1", 0), _Answer)
         self.objects = objects
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()

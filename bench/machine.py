@@ -7,12 +7,14 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import signal
 import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 DMA_LATENCY = Path("/dev/cpu_dma_latency")
@@ -142,3 +144,13 @@ def missing_rights() -> list[str]:
     if not os.access(DROP_CACHES, os.W_OK):
         missing.append(f"writing {DROP_CACHES}: a privileged container or the host itself")
     return missing
+
+
+def end_in_order() -> None:
+    """From now on SIGTERM and SIGHUP are an exception, so that every mount is taken away on the way out."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, end)

@@ -108,7 +108,7 @@ class Visit:
             for name, value in sampler.peaks.items():
                 memory[name] = max(value, memory.get(name, 0))
             if isinstance(self.system, Cachefs):
-                self.read_ahead(self.system)
+                self.read_ahead()
                 self.survival(self.system)
                 self.idle(self.system)
                 self.without_guard(self.system)
@@ -212,7 +212,7 @@ class Visit:
 
     # -- what only cachefs is asked -----------------------------------------------------------------------------------
 
-    def read_ahead(self, system: Cachefs) -> None:
+    def read_ahead(self) -> None:
         """The same reading with a small and a large read-ahead of the kernel."""
         for kib in (128, 4096):
             name = f"readahead-{kib}"

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from bench import machine
 from bench.memory import Roles, session_members
+from bench.systems.port import Site
 
 _MOUNT_TIMEOUT_S = 30.0
 _END_TIMEOUT_S = 20.0
@@ -102,8 +103,16 @@ def _ended(child: subprocess.Popen[bytes]) -> bool:
 class DaemonSystem:
     """What all peers that are one daemon with one cache directory have in common."""
 
-    _daemon: Daemon
-    _cache: Path
+    name: str
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._cache = site.work / f"{self.name}-cache"
+        self._daemon = Daemon(self.name, site.place("mnt", self.name), site.place("logs") / f"{self.name}.log")
+
+    def prepare(self) -> str | None:
+        """They read the bucket as it is."""
+        return self._site.bucket
 
     def umount(self) -> None:
         """Unmount; a cache in memory ends with the process."""

@@ -10,7 +10,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from bench.systems.daemon import Daemon, DaemonSystem
+from bench.systems.daemon import DaemonSystem
 from bench.systems.port import Site, Warmth, program, run
 
 _VOLUME = "bench"
@@ -25,10 +25,9 @@ class JuiceFS(DaemonSystem):
         self.warmth: tuple[Warmth, ...] = (warmth,)
         self.name = "juicefs" if warmth is Warmth.DISK else "juicefs-memory"
         self.label = f"JuiceFS, {'disk' if warmth is Warmth.DISK else 'memory'} cache"
-        self._site = site
+        super().__init__(site)
         self._database = site.place("juicefs") / "metadata.db"
         self._cache = site.work / self.name / "cache"
-        self._daemon = Daemon(self.name, site.place("mnt", self.name), site.place("logs") / f"{self.name}.log")
 
     def version(self) -> str:
         """The program's own word."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.systems.daemon import Daemon, DaemonSystem
-from bench.systems.port import Site, Warmth, program, run
+from bench.systems.daemon import DaemonSystem
+from bench.systems.port import Warmth, program, run
 
 
 class Rclone(DaemonSystem):
@@ -15,20 +15,11 @@ class Rclone(DaemonSystem):
     label = "rclone, full cache"
     warmth: tuple[Warmth, ...] = (Warmth.DISK,)
 
-    def __init__(self, site: Site) -> None:
-        self._site = site
-        self._cache = site.work / "rclone-cache"
-        self._daemon = Daemon(self.name, site.place("mnt", self.name), site.place("logs") / "rclone.log")
-
     def version(self) -> str:
         """The program's own word."""
         return (
             run([program("rclone"), "version"], environment=self._site.clean_environment()).split()[1].removeprefix("v")
         )
-
-    def prepare(self) -> str | None:
-        """It reads the bucket as it is."""
-        return self._site.bucket
 
     def mount(self) -> Path:
         """Mount; all settings of the remote go through the environment, no configuration file is read."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.systems.daemon import Daemon, DaemonSystem
-from bench.systems.port import Site, Warmth, program, run
+from bench.systems.daemon import DaemonSystem
+from bench.systems.port import Warmth, program, run
 
 
 class S3FS(DaemonSystem):
@@ -15,19 +15,10 @@ class S3FS(DaemonSystem):
     label = "s3fs, file cache"
     warmth: tuple[Warmth, ...] = (Warmth.DISK,)
 
-    def __init__(self, site: Site) -> None:
-        self._site = site
-        self._cache = site.work / "s3fs-cache"
-        self._daemon = Daemon(self.name, site.place("mnt", self.name), site.place("logs") / "s3fs.log")
-
     def version(self) -> str:
         """The program's own word."""
         words = run([program("s3fs"), "--version"], environment=self._site.clean_environment()).split()
         return words[words.index("System") + 1].removeprefix("V")
-
-    def prepare(self) -> str | None:
-        """It reads the bucket as it is."""
-        return self._site.bucket
 
     def mount(self) -> Path:
         """Mount; the keys go through a file that only we can read."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.systems.daemon import Daemon, DaemonSystem
-from bench.systems.port import Site, Warmth, program, run
+from bench.systems.daemon import DaemonSystem
+from bench.systems.port import Warmth, program, run
 
 
 class SeaweedMount(DaemonSystem):
@@ -15,18 +15,9 @@ class SeaweedMount(DaemonSystem):
     label = "SeaweedFS mount"
     warmth: tuple[Warmth, ...] = (Warmth.DISK,)
 
-    def __init__(self, site: Site) -> None:
-        self._site = site
-        self._cache = site.work / "seaweedfs-cache"
-        self._daemon = Daemon(self.name, site.place("mnt", self.name), site.place("logs") / "seaweedfs.log")
-
     def version(self) -> str:
         """The program's own word."""
         return run([program("weed"), "version"], environment=self._site.clean_environment()).split()[2]
-
-    def prepare(self) -> str | None:
-        """The bucket is a directory of the filer."""
-        return self._site.bucket
 
     def mount(self) -> Path:
         """Mount with a disk cache that holds the data set (the default of 128 MB would not)."""

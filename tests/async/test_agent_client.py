@@ -15,6 +15,7 @@ from cachefs.agent import framing, messages
 from cachefs.agent.client import AgentClient
 from cachefs.types import Ino, Tier
 from cachefs.vfs.ports import FilledBlock
+from tests.support.block_cache_rig import eventually
 
 Outcome = list[FilledBlock] | errors.CachefsError
 
@@ -104,13 +105,6 @@ async def connected(agent: FakeAgent) -> AsyncIterator[AgentClient]:
         nursery.cancel_scope.cancel()
 
 
-async def eventually(condition: object) -> None:
-    assert callable(condition)
-    with trio.fail_after(5):
-        while not condition():  # noqa: ASYNC110 - threads change it
-            await trio.sleep(0.005)
-
-
 async def test_a_question_of_another_thread_is_answered_in_the_trio_thread(agent: FakeAgent) -> None:
     outcomes: list[tuple[Outcome, int]] = []
     async with connected(agent) as client:
@@ -122,10 +116,10 @@ async def test_a_question_of_another_thread_is_answered_in_the_trio_thread(agent
                 )
 
         await trio.to_thread.run_sync(ask)
-        await eventually(lambda: len(agent.asked) == 50)
+        await eventually(lambda: len(agent.asked) == 50, timeout_s=5)
         for request in agent.asked:
             agent.answer(request)
-        await eventually(lambda: len(outcomes) == 50)
+        await eventually(lambda: len(outcomes) == 50, timeout_s=5)
         assert not client.waits
     assert [outcome for outcome, _ in outcomes] == [[FilledBlock(index, Tier.ORIGIN, None)] for index in range(50)]
     assert {thread for _, thread in outcomes} == {threading.get_ident()}
@@ -136,13 +130,13 @@ async def test_a_question_is_asked_again_on_the_next_connection_and_answered_onc
     outcomes: list[Outcome] = []
     async with connected(agent) as client:
         assert client.request_fill(Ino(7), 3, 1, outcomes.append)
-        await eventually(lambda: len(agent.asked) == 1)
+        await eventually(lambda: len(agent.asked) == 1, timeout_s=5)
         agent.hang_up()
-        await eventually(lambda: len(agent.asked) == 2)
+        await eventually(lambda: len(agent.asked) == 2, timeout_s=5)
         assert agent.asked[0] == agent.asked[1]
         agent.answer(agent.asked[1])
         agent.answer(agent.asked[1])
-        await eventually(lambda: bool(outcomes))
+        await eventually(lambda: bool(outcomes), timeout_s=5)
         await trio.sleep(0.05)
     assert outcomes == [[FilledBlock(3, Tier.ORIGIN, None)]]
 
@@ -157,7 +151,7 @@ async def test_a_question_that_nobody_answers_is_given_up(agent: FakeAgent, monk
         await trio.sleep(0.15)
         client.expire()
         client.expire()
-        await eventually(lambda: len(agent.asked) == 1)
+        await eventually(lambda: len(agent.asked) == 1, timeout_s=5)
         agent.answer(agent.asked[0])
         await trio.sleep(0.05)
     assert [type(outcome) for outcome in outcomes] == [errors.AgentUnavailable]

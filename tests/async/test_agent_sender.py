@@ -13,6 +13,7 @@ import pytest
 import trio
 
 from cachefs.agent.sender import Sender
+from tests.support.block_cache_rig import eventually
 
 FRAMES, THREADS = 300, 8
 
@@ -49,9 +50,7 @@ async def test_frames_of_many_threads_on_a_full_socket() -> None:
             await trio.sleep(0.05)
             reader.start()  # the socket is full by now
         expected = sum(len(frame(thread, number)) for thread in range(THREADS) for number in range(FRAMES))
-        with trio.fail_after(20):
-            while len(received) < expected:  # noqa: ASYNC110 - a thread changes it
-                await trio.sleep(0.01)
+        await eventually(lambda: len(received) >= expected, timeout_s=20)
         nursery.cancel_scope.cancel()
     sender.stop()
     await stream.aclose()

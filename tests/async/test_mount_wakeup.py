@@ -49,9 +49,6 @@ class Worker:
         return any(os.path.realpath(link) == str(self.device) for link in links if os.path.exists(link))
 
 
-MakeWorker = Callable[[LowLatency], Worker]
-
-
 @pytest.fixture
 def device(tmp_path: Path) -> Path:
     path = tmp_path / "cpu_dma_latency"

@@ -152,7 +152,11 @@ def test_what_a_broken_stream_becomes(
         seen.extend(store.read_into(version(LONG), 100, buffers))
     complete = seen[-1]
     assert time.monotonic() - started < 2.5
-    assert complete == (1_500_000 * pieces // 2_000_000 if fault.truncate_after else 0) or fault.length_delta
+    sent = 1_500_000 * pieces // 2_000_000 if fault.truncate_after else 0
+    if fault.reset:  # a reset connection loses what the sender's kernel still had
+        assert complete <= sent
+    elif not fault.length_delta:
+        assert complete == sent
     length = len(buffers[0])
     for at, buffer in enumerate(buffers[:complete]):
         assert bytes(buffer) == LONG_BODY[100 + at * length : 100 + (at + 1) * length], "what was yielded is good"

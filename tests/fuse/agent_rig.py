@@ -16,10 +16,11 @@ MIB = 1 << 20
 OBJECTS = {name: content(name, MIB + 77) for name in ("cached", "later", "last")}
 
 
-def mount_objects(node: Node, bucket: Bucket, proxy: FaultProxy, *options: str) -> Mount:
-    """Mount a bucket that holds `OBJECTS`, with "cached" cached."""
+def mount_objects(node: Node, bucket: Bucket, proxy: FaultProxy, *options: str, name: str = "mnt") -> Mount:
+    """Mount a bucket that holds `OBJECTS`, with all names known and "cached" cached."""
     bucket.fill(OBJECTS)
-    mount = node.mount(bucket.url, f"--endpoint-url={proxy.endpoint_url}", "--metadata-ttl=forever", *options)
+    options = ("--metadata-ttl=forever", *options)
+    mount = node.mount(bucket.url, f"--endpoint-url={proxy.endpoint_url}", *options, name=name)
     assert (mount.path / "cached").read_bytes() == OBJECTS["cached"]
     assert sorted(os.listdir(mount.path)) == sorted(OBJECTS)
     return mount

@@ -15,9 +15,8 @@ import pytest
 
 from tests.fuse.agent_rig import OBJECTS, agent_file, mount_objects, reads_right
 from tests.fuse.memory_s3 import MemoryS3
-from tests.fuse.test_cache_faults import fill_up
 from tests.support.fault_proxy import Fault, FaultProxy
-from tests.support.machine import kill, tmpfs, wait_until
+from tests.support.machine import fill_up, kill, stopped, tmpfs, wait_until
 from tests.support.mounts import Bucket, Mount, Node
 from tests.support.programs import content
 
@@ -48,12 +47,9 @@ def test_the_newest_mount_gives_the_keys_whoever_comes_back_first(make_node: Cal
         older, newer = mount("older"), mount("newer")
         assert key_of_a_read(older) == key_of_a_read(newer) == "key-of-newer"
         for late, first, meanwhile in ((newer, older, "key-of-older"), (older, newer, "key-of-newer")):
-            os.kill(late.worker_pid, signal.SIGSTOP)
-            try:
+            with stopped(late.worker_pid):
                 node.kill_agent()
                 assert key_of_a_read(first) == meanwhile
-            finally:
-                os.kill(late.worker_pid, signal.SIGCONT)
             wait_until(lambda: len(node.status()["agents"][0]["mount_ids"]) == 2, 10, "both are attached")
             assert key_of_a_read(older) == "key-of-newer"
 

@@ -13,9 +13,9 @@ import lmdb
 import pytest
 
 from tests.support.fault_proxy import FaultProxy
-from tests.support.machine import tmpfs, wait_until
+from tests.support.machine import fill_up, tmpfs, wait_until
 from tests.support.mounts import Bucket, Mount, Node
-from tests.support.programs import content, evict_pages
+from tests.support.programs import content, evict_pages, read_and_compare
 
 MIB = 1 << 20
 OBJECTS = {f"small/{number:02}": content(f"small {number}", 50_000 + number) for number in range(12)} | {
@@ -31,9 +31,7 @@ def mount_objects(node: Node, bucket: Bucket, proxy: FaultProxy, *options: str, 
 def read_all(mount: Mount) -> None:
     """Read every object from cachefs (not from the kernel's pages) and compare."""
     assert sorted(os.listdir(mount.path / "small")) == sorted(name[6:] for name in OBJECTS if "/" in name)
-    for name, body in OBJECTS.items():
-        evict_pages(mount.path / name)
-        assert (mount.path / name).read_bytes() == body, name
+    read_and_compare(mount.path, OBJECTS)
 
 
 def warnings(node: Node) -> list[str]:
@@ -229,15 +227,6 @@ def test_the_cache_directory_vanishes_while_mounted(node: Node, bucket: Bucket, 
 
 
 # -- no room ----------------------------------------------------------------------------------------------------------
-
-
-def fill_up(place: Path) -> Path:
-    """Fill a file system from outside and return the file that does it."""
-    hog = place / "hog"
-    with hog.open("wb") as file:
-        done = subprocess.run(["dd", "if=/dev/zero", "bs=4k"], stdout=file, stderr=subprocess.PIPE, check=False)
-    assert b"No space left" in done.stderr
-    return hog
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import signal
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.fault_proxy import Fault, FaultProxy
-from tests.support.machine import tmpfs, wait_until
+from tests.support.machine import fill_up, tmpfs, wait_until
 from tests.support.mounts import Bucket, Mount, Node
 from tests.support.programs import content, errno_name
 
@@ -176,7 +175,7 @@ def test_m7_a_new_walk_works_at_once_when_metadata_begins_anew(
     lose_metadata(node)
     if worker_too:
         mount.kill_worker()
-    wait_until(lambda: another_agent(node, agent), 10, "another agent has come")
+    node.wait_for_agent(other_than=agent)
     wait_until(lambda: "look up every name again" in node.full_log(), 10, "the worker has followed it")
     for name, body in objects.items():
         assert (mount.path / name).read_bytes() == body, name
@@ -208,11 +207,6 @@ def narrow_disk_node(make_node: Callable[..., Node], needs_root: None, tmp_path:
         node.close()
 
 
-def another_agent(node: Node, former: int) -> bool:
-    """Whether an agent has come after `former`."""
-    return node.processes("agent") not in ([], [former])
-
-
 @pytest.mark.timeout(120)
 def test_m7_names_and_open_files_survive_a_move_to_the_tmpfs_and_back(
     narrow_disk_node: Node, bucket: Bucket, proxy: FaultProxy
@@ -225,15 +219,12 @@ def test_m7_names_and_open_files_survive_a_move_to_the_tmpfs_and_back(
     before = {name: os.stat(mount.path / name).st_ino for name in objects}
     with opened(mount.path / "big") as descriptor, opened(mount.path / "d/e/0") as small:
         assert os.pread(descriptor, 4096, 0) == BEFORE[:4096]
-        hog = node.cache_dir.parent / "hog"
+        hog = fill_up(node.cache_dir.parent)
         for number, where in ((1, node.shm_directory / "volumes"), (2, node.cache_dir / "volumes")):
-            if number == 1:
-                with hog.open("wb") as file:
-                    subprocess.run(["dd", "if=/dev/zero", "bs=4k"], stdout=file, stderr=subprocess.PIPE, check=False)
-            else:
+            if number == 2:
                 hog.unlink()
             agent = node.kill_agent()
-            wait_until(functools.partial(another_agent, node, agent), 10, "another agent has come")
+            node.wait_for_agent(other_than=agent)
             assert os.pread(descriptor, MIB, 4 * number * MIB) == BEFORE[4 * number * MIB :][:MIB]
             assert os.pread(small, 3000, 0) == objects["d/e/0"]
             assert [path.parent.parent for path in where.rglob("data.mdb") if ".aside" not in str(path)] == [where]

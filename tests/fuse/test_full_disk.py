@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.fault_proxy import FaultProxy
-from tests.support.machine import tmpfs, wait_until
+from tests.support.machine import fill_up, free, tmpfs, wait_until
 from tests.support.mounts import Bucket, Mount, Node
-from tests.support.programs import content, evict_pages
+from tests.support.programs import content, read_and_compare
 
 MIB = 1 << 20
 BIG = {f"big{number}": content(f"big{number}", 24 * MIB) for number in range(5)}
@@ -50,22 +49,7 @@ def list_all(mount: Mount) -> None:
 
 
 def read_big(mount: Mount) -> None:
-    for name, body in BIG.items():
-        evict_pages(mount.path / name)
-        assert (mount.path / name).read_bytes() == body
-
-
-def fill_up(place: Path) -> Path:
-    """Take all room of a file system."""
-    hog = place / "hog"
-    with hog.open("ab") as file:
-        subprocess.run(["dd", "if=/dev/zero", "bs=4k"], stdout=file, stderr=subprocess.DEVNULL, check=False)
-    return hog
-
-
-def free(place: Path) -> int:
-    room = os.statvfs(place)
-    return room.f_bavail * room.f_frsize
+    read_and_compare(mount.path, BIG)
 
 
 def disk_tier(node: Node) -> dict[str, object]:
@@ -176,13 +160,7 @@ def test_another_block_size_keeps_the_cache(node: Node, bucket: Bucket, proxy: F
     objects = {f"{number}": content(f"{number}", 3 * MIB + 5) for number in range(4)}
     bucket.fill(objects)
     endpoint = f"--endpoint-url={proxy.endpoint_url}"
-
-    def read(mount: Mount) -> None:
-        for name, body in objects.items():
-            evict_pages(mount.path / name)
-            assert (mount.path / name).read_bytes() == body
-
-    read(node.mount(bucket.url, endpoint))
+    read_and_compare(node.mount(bucket.url, endpoint).path, objects)
     node.mounts[0].umount()
     node.stop_agent()
     proxy.forget()
@@ -192,11 +170,11 @@ def test_another_block_size_keeps_the_cache(node: Node, bucket: Bucket, proxy: F
     assert "--block-size" in done.stderr
     mount = Mount(node, node.base / "mnt")
     node.mounts = [mount]
-    read(mount)
+    read_and_compare(mount.path, objects)
     assert proxy.count("get") == 0
     assert node.status()["agents"][0]["block_size_bytes"] == MIB
     mount.umount()
     node.stop_agent()
     shutil.rmtree(node.cache_dir)
-    read(node.mount(bucket.url, endpoint, "--block-size=2MiB"))
+    read_and_compare(node.mount(bucket.url, endpoint, "--block-size=2MiB").path, objects)
     assert node.status()["agents"][0]["block_size_bytes"] == 2 * MIB, "there were no blocks"

@@ -5,46 +5,26 @@ and df, which must wait for nobody.
 from __future__ import annotations
 
 import os
-import signal
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import pytest
 
+from tests.fuse import agent_rig
+from tests.fuse.agent_rig import OBJECTS
 from tests.fuse.supervisor_rig import output, python
 from tests.support.fault_proxy import FaultProxy
-from tests.support.machine import kill, wait_until
+from tests.support.machine import stopped, wait_until
 from tests.support.mounts import Bucket, Mount, Node
-from tests.support.programs import content, errno_name, evict_pages
+from tests.support.programs import errno_name, evict_pages
 
-MIB = 1 << 20
 LIMIT_S = 3.0
-OBJECTS = {name: content(name, MIB + 77) for name in ("cached", "later", "last")}
 READ = "import sys; sys.stdout.buffer.write(open(sys.argv[1], 'rb').read())"
 
 
 def mount_objects(node: Node, bucket: Bucket, proxy: FaultProxy, *options: str, name: str = "mnt") -> Mount:
-    """Mount a bucket that holds `OBJECTS`, with all names known and "cached" cached."""
-    bucket.fill(OBJECTS)
-    options = (f"--hang-timeout={LIMIT_S}s", "--metadata-ttl=forever", *options)
-    mount = node.mount(bucket.url, f"--endpoint-url={proxy.endpoint_url}", *options, name=name)
-    assert sorted(os.listdir(mount.path)) == sorted(OBJECTS)
-    assert (mount.path / "cached").read_bytes() == OBJECTS["cached"]
-    return mount
-
-
-@contextmanager
-def stopped(*pids: int) -> Iterator[None]:
-    """Let processes stand still."""
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in pids:
-            kill(pid, signal.SIGCONT)
+    """As everywhere, but who hangs is found out soon."""
+    return agent_rig.mount_objects(node, bucket, proxy, f"--hang-timeout={LIMIT_S}s", *options, name=name)
 
 
 # -- workers ----------------------------------------------------------------------------------------------------------
@@ -178,7 +158,7 @@ def test_m11_an_agent_that_hangs_while_a_worker_attaches_is_replaced(
         mount.wait_for_worker(other_than=mount.kill_worker())
         evict_pages(mount.path / "cached")
         assert output(python(READ, mount.path / "cached")) == OBJECTS["cached"], "what is cached is served meanwhile"
-        wait_until(lambda: node.processes("agent") not in ([], [agent]), 40, "another agent")
+        node.wait_for_agent(other_than=agent, timeout_s=40)
         wait_until(lambda: mount.status()["agent_pid"] == node.agent_pid, 10, "it is attached")
     assert output(python(READ, mount.path / "later")) == OBJECTS["later"]
     node._was_killed = True

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cachefs.mount.journal import MAX_LOG_BYTES
-from cachefs.runtime import RuntimeDir
+from tests.fuse.agent_rig import agent_file
 from tests.support.fault_proxy import Fault, FaultProxy
 from tests.support.machine import wait_until
 from tests.support.mounts import Bucket, Mount, Node
@@ -25,11 +25,6 @@ def mount_file(node: Node, bucket: Bucket, proxy: FaultProxy, *options: str) -> 
     mount = node.mount(bucket.url, f"--endpoint-url={proxy.endpoint_url}", *options)
     assert os.listdir(mount.path) == ["file"]
     return mount
-
-
-def own_log(node: Node) -> Path:
-    """Where an agent logs by default."""
-    return Path(RuntimeDir(str(node.runtime_dir)).agent(str(node.cache_dir), "log"))
 
 
 def agent_status(node: Node) -> dict[str, Any]:
@@ -79,10 +74,10 @@ def test_keys_that_have_expired_are_said(node: Node, bucket: Bucket, proxy: Faul
 
 def test_the_agent_says_where_its_log_is(node: Node, bucket: Bucket, proxy: FaultProxy) -> None:
     mount = mount_file(node, bucket, proxy)
-    assert agent_status(node)["log_file"] == str(own_log(node))
-    assert "agent[" in own_log(node).read_text()
+    assert agent_status(node)["log_file"] == str(agent_file(node, "log"))
+    assert "agent[" in agent_file(node, "log").read_text()
     shown = node.run("status", f"--runtime-dir={node.runtime_dir}", str(mount.path)).stdout
-    assert str(own_log(node)) in shown
+    assert str(agent_file(node, "log")) in shown
 
 
 def test_the_agent_logs_to_the_file_that_was_asked_for(node: Node, bucket: Bucket, proxy: FaultProxy) -> None:
@@ -92,7 +87,7 @@ def test_the_agent_logs_to_the_file_that_was_asked_for(node: Node, bucket: Bucke
     text = log.read_text()
     assert f"agent[{node.agent_pid}]" in text
     assert "worker[" in text
-    assert not own_log(node).exists()
+    assert not agent_file(node, "log").exists()
 
 
 def test_a_log_file_that_is_gone_keeps_no_agent_from_starting(node: Node, bucket: Bucket, proxy: FaultProxy) -> None:
@@ -103,17 +98,17 @@ def test_a_log_file_that_is_gone_keeps_no_agent_from_starting(node: Node, bucket
     killed = node.kill_agent()
     assert (mount.path / "file").read_bytes() == BODY
     assert node.agent_pid != killed
-    assert agent_status(node)["log_file"] == str(own_log(node))
+    assert agent_status(node)["log_file"] == str(agent_file(node, "log"))
 
 
 def test_the_agents_own_log_does_not_grow_for_ever(node: Node, bucket: Bucket, proxy: FaultProxy) -> None:
     mount = mount_file(node, bucket, proxy)
-    with own_log(node).open("ab") as log:
+    with agent_file(node, "log").open("ab") as log:
         log.write(b"a line that somebody wrote\n" * (MAX_LOG_BYTES // 27 + 1))
-    wait_until(lambda: own_log(node).stat().st_size < MAX_LOG_BYTES // 4, 15, "it is shortened")
+    wait_until(lambda: agent_file(node, "log").stat().st_size < MAX_LOG_BYTES // 4, 15, "it is shortened")
     mount.umount()
     wait_until(lambda: not node.processes("agent"), 10, "it ends when it is idle")
-    text = own_log(node).read_text()
+    text = agent_file(node, "log").read_text()
     assert "cachefs agent ends" in text, "it is written to as before"
     assert "\0" not in text
 

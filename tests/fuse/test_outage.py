@@ -91,6 +91,7 @@ def test_r4_who_comes_when_the_store_is_back_gets_the_bytes(node: Node, bucket: 
     proxy.down = True
     assert errno_name((mount.path / "d/f2").read_bytes) == "EIO"
     proxy.down = False
+    time.sleep(0.15)
     assert (mount.path / "d/f2").read_bytes() == b"x" * 100
 
 

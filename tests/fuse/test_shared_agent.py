@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
 from concurrent.futures import ThreadPoolExecutor
 
 from tests.fuse.test_cache_faults import OBJECTS, mount_objects, read_all
 from tests.support.fault_proxy import FaultProxy
-from tests.support.machine import wait_until
+from tests.support.machine import stopped, wait_until
 from tests.support.mounts import Bucket, Mount, Node
 from tests.support.programs import content, evict_pages
 
@@ -89,14 +88,11 @@ def test_an_agent_that_comes_back_with_blocks_of_another_size(node: Node, bucket
     large = node.mount(bucket.url, f"--endpoint-url={proxy.endpoint_url}", "--block-size=4MiB", name="large")
     read_all(small)
     # Hold the worker that would start the next agent with its own block size, so that the other one does.
-    os.kill(small.worker_pid, signal.SIGSTOP)
-    try:
+    with stopped(small.worker_pid):
         node.kill_agent()
         evict_pages(large.path / "large")
         read_all(large)
         assert node.status()["agents"][0]["tiers"]["shm"]["state"] == "on"
-    finally:
-        os.kill(small.worker_pid, signal.SIGCONT)
     for _ in range(2):
         for mount in (small, large):
             for key in OBJECTS:

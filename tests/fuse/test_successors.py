@@ -14,23 +14,16 @@ from pathlib import Path
 
 from cachefs.config import CacheConfig, LogConfig, as_plain
 from tests.support.fault_proxy import FaultProxy
-from tests.support.machine import kill, wait_until
+from tests.support.machine import kill, stopped, wait_until
 from tests.support.mounts import Bucket, Mount, Node
-from tests.support.programs import REPOSITORY, content, evict_pages
+from tests.support.programs import REPOSITORY, content, evict_pages, read_and_compare
 
 MIB = 1 << 20
 OBJECTS = {f"d/{number}": content(f"d{number}", 700_000) for number in range(12)}
 
 
 def read_all(mount: Mount) -> None:
-    for name, body in OBJECTS.items():
-        evict_pages(mount.path / name)
-        assert (mount.path / name).read_bytes() == body
-
-
-def another_agent(node: Node, former: int) -> bool:
-    found = node.processes("agent")
-    return bool(found) and former not in found
+    read_and_compare(mount.path, OBJECTS)
 
 
 def test_nothing_stays_in_memory_when_all_are_told_to_end_at_once(
@@ -103,7 +96,7 @@ def test_an_agent_that_is_told_to_end_while_it_starts_takes_the_tier_with_it(
         mount = node.mount(bucket.url, endpoint)
         read_all(mount)
         agent = node.kill_agent()
-        wait_until(lambda agent=agent: another_agent(node, agent), 10, "another agent is started")  # type: ignore[misc]
+        node.wait_for_agent(other_than=agent)
         time.sleep(delay_s)
         for pid in node.processes():
             kill(pid, signal.SIGTERM)
@@ -123,7 +116,7 @@ def test_an_agent_that_ends_alone_leaves_the_tier_to_the_next(
     proxy.forget()
     agent = node.agent_pid
     kill(agent, signal.SIGTERM)
-    wait_until(lambda: another_agent(node, agent), 10, "another agent comes")
+    node.wait_for_agent(other_than=agent)
     read_all(mount)
     assert proxy.count("get") == 0
 
@@ -142,15 +135,12 @@ def test_the_settings_of_an_agent_outlive_it(make_node: Callable[..., Node], buc
     )  # fmt: skip
     before = node.status()["agents"][0]
     agent, worker = node.agent_pid, first.worker_pid
-    os.kill(worker, signal.SIGSTOP)
-    try:
+    with stopped(worker):
         kill(agent)
         node._was_killed = True
-        wait_until(lambda: another_agent(node, agent), 10, "another agent comes")
+        node.wait_for_agent(other_than=agent)
         proxy.forget()
         read_all(other)
-    finally:
-        os.kill(worker, signal.SIGCONT)
     read_all(first)
     assert proxy.count("get") == 0
     wait_until(lambda: [m["agent_pid"] for m in node.status()["mounts"]] == [node.agent_pid] * 2, 10, "both found it")
@@ -186,7 +176,7 @@ def test_settings_that_cannot_be_read_are_no_reason_not_to_start(
         for path in (node.runtime_dir / "agents").glob("*.json"):
             path.write_text(text, encoding="latin-1")
         agent = node.kill_agent()
-        wait_until(lambda agent=agent: another_agent(node, agent), 10, "another agent comes")  # type: ignore[misc]
+        node.wait_for_agent(other_than=agent)
         read_all(mount)
     assert not [line for line in node.full_log().splitlines() if line.startswith("Traceback")]
 

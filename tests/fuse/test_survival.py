@@ -38,11 +38,6 @@ def mount_objects(node: Node, bucket: Bucket, proxy: FaultProxy, *options: str) 
     return node.mount(bucket.url, f"--endpoint-url={proxy.endpoint_url}", "--metadata-ttl=forever", *options)
 
 
-def wait_for_agent(node: Node, other_than: int) -> None:
-    """Wait until another agent runs."""
-    wait_until(lambda: node.processes("agent") not in ([], [other_than]), 10, "another agent runs")
-
-
 # -- M1 ---------------------------------------------------------------------------------------------------------------
 
 
@@ -64,7 +59,7 @@ def test_m1_killed_agents_are_not_noticed(small_node: Node, bucket: Bucket, prox
         time.sleep(0.5)
         for _ in range(6):
             killed = small_node.kill_agent()
-            wait_for_agent(small_node, killed)
+            small_node.wait_for_agent(other_than=killed)
             time.sleep(0.5)
     assert mount.status()["restarts"] == 0, "the worker survives its agent"
 
@@ -76,7 +71,7 @@ def test_m1_worker_and_agent_killed_together(small_node: Node, bucket: Bucket, p
         for _ in range(3):
             killed = small_node.kill_agent()
             mount.wait_for_worker(other_than=mount.kill_worker())
-            wait_for_agent(small_node, killed)
+            small_node.wait_for_agent(other_than=killed)
             time.sleep(0.5)
 
 

@@ -12,9 +12,9 @@ import pytest
 
 from tests.fuse.reading import reading
 from tests.support.fault_proxy import FaultProxy
-from tests.support.machine import wait_until
+from tests.support.machine import stopped, wait_until
 from tests.support.mounts import Bucket, Mount, Node
-from tests.support.programs import content, evict_pages
+from tests.support.programs import content, read_and_compare
 from tests.support.releases import Release
 
 OBJECTS = {f"file-{number}": content(f"v{number}", 200_000) for number in range(6)}
@@ -61,9 +61,7 @@ def mount_of(node: Node, bucket: Bucket, proxy: FaultProxy) -> MountOf:
 
 
 def reads_right(mount: Mount) -> None:
-    for name, body in OBJECTS.items():
-        evict_pages(mount.path / name)
-        assert (mount.path / name).read_bytes() == body
+    read_and_compare(mount.path, OBJECTS)
 
 
 def upgrade(release: Release, mount: Mount) -> str:
@@ -95,13 +93,10 @@ def test_an_upgrade_crosses_a_change_of_protocol_and_nobody_notices(
     assert [mount["restarts"] for mount in node.status()["mounts"]] == [0, 0]
     assert first.state()["supervisor_version"] == "1.0"
     # An old worker that is faster starts an agent of its own version, and the new one puts its own in that place.
-    os.kill(first.worker_pid, signal.SIGSTOP)
-    try:
+    with stopped(first.worker_pid):
         node.kill_agent()
         wait_until(lambda: [agent["version"] for agent in node.status()["agents"]] == ["1.0"], 15, "it is an old one")
         reads_right(second)
-    finally:
-        os.kill(first.worker_pid, signal.SIGCONT)
     wait_until(lambda: [agent["version"] for agent in node.status()["agents"]] == ["2.0"], 15, "it is a new one again")
     for mount in (first, second):
         reads_right(mount)
@@ -209,12 +204,9 @@ def test_a_worker_that_is_too_old_for_the_agent_goes_on_with_what_is_cached(
     mount = mount_of(old, "first")
     reads_right(mount)
     worker = mount.worker_pid
-    os.kill(worker, signal.SIGSTOP)
-    try:  # its agent dies, and somebody else's new mount is faster
+    with stopped(worker):  # its agent dies, and somebody else's new mount is faster
         node.kill_agent()
         other = mount_of(far, "other")
-    finally:
-        os.kill(worker, signal.SIGCONT)
     wait_until(lambda: "3.0 with protocol 3" in node.full_log(), 10, "the old worker was refused")
     reads_right(mount)
     reads_right(other)

@@ -31,7 +31,6 @@ from tests.fuse.memory_s3 import MemoryS3
 from tests.model import reference
 from tests.model.in_process import open_filesystem
 from tests.model.reference import Delete, Hold, ListDirectory, Op, Put, Read, ReadHeld, Restart, Stat
-from tests.support.machine import wait_until
 from tests.support.mounts import Mount, Node
 from tests.support.programs import content
 
@@ -266,7 +265,7 @@ class ThroughKernel:
     async def restart(self) -> None:
         """The agent dies; the worker finds another. (Workers may only die four times a minute.)"""
         killed = self._mount.node.kill_agent()
-        wait_until(lambda: self._mount.node.processes("agent") not in ([], [killed]), 10, "another agent runs")
+        self._mount.node.wait_for_agent(other_than=killed)
 
     async def stat(self, path: str) -> int | None:
         """See `Subject`."""

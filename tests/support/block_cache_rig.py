@@ -124,8 +124,8 @@ async def opened(
                 each.close()
 
 
-async def eventually(condition: Callable[[], bool]) -> None:
+async def eventually(condition: Callable[[], bool], timeout_s: float = 10) -> None:
     """Wait until something that threads bring about is true."""
-    with trio.fail_after(10):
+    with trio.fail_after(timeout_s):
         while not condition():  # noqa: ASYNC110 - threads change it
             await trio.sleep(0.005)

@@ -70,6 +70,18 @@ def kill(pid: int, number: int = signal.SIGKILL) -> None:
 
 
 @contextlib.contextmanager
+def stopped(*pids: int) -> Iterator[None]:
+    """Let processes stand still."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            kill(pid, signal.SIGCONT)
+
+
+@contextlib.contextmanager
 def tmpfs(place: Path, size: str, options: str = "") -> Iterator[Path]:
     """A tmpfs of its own at `place` (needs root)."""
     place.mkdir(parents=True, exist_ok=True)
@@ -78,3 +90,18 @@ def tmpfs(place: Path, size: str, options: str = "") -> Iterator[Path]:
         yield place
     finally:
         detach(str(place))
+
+
+def fill_up(place: Path) -> Path:
+    """Fill a file system from outside (again, if some of it was given back) and return the file that does it."""
+    hog = place / "hog"
+    with hog.open("ab") as file:
+        done = subprocess.run(["dd", "if=/dev/zero", "bs=4k"], stdout=file, stderr=subprocess.PIPE, check=False)
+    assert b"No space left" in done.stderr
+    return hog
+
+
+def free(place: Path) -> int:
+    """Return how many bytes a file system has left."""
+    room = os.statvfs(place)
+    return room.f_bavail * room.f_frsize

@@ -25,7 +25,6 @@ import sys
 import tempfile
 import time
 import weakref
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -146,7 +145,6 @@ class Node:
             "--low-latency=off",  # a guard would keep the CPUs of the whole machine awake
         ]
         self.mounts: list[Mount] = []
-        self._resources = contextlib.ExitStack()
         self._was_killed = False
         nodes.add(self)
 
@@ -197,12 +195,6 @@ class Node:
         document: dict[str, Any] = json.loads(done.stdout)
         return document
 
-    def agent_counters(self) -> Counter[str]:
-        """What the agent has counted."""
-        agents = self.status()["agents"]
-        assert len(agents) == 1, agents
-        return Counter(agents[0]["counters"])
-
     # -- processes ----------------------------------------------------------------------------------------------------
 
     def processes(self, role: str = "") -> list[int]:
@@ -229,6 +221,17 @@ class Node:
         pid = self.agent_pid
         kill(pid)
         return pid
+
+    def wait_for_agent(self, other_than: int, timeout_s: float = 10.0) -> int:
+        """Wait until another agent runs; returns its number."""
+        found: list[int] = []
+
+        def runs() -> bool:
+            found[:] = self.processes("agent")
+            return bool(found) and other_than not in found
+
+        wait_until(runs, timeout_s, "another agent runs")
+        return found[0]
 
     def kill_everything(self) -> None:
         """Kill -9 every process of this node, and take the dead mounts away."""

@@ -28,6 +28,13 @@ def evict_pages(path: Path) -> None:
         os.close(descriptor)
 
 
+def read_and_compare(root: Path, objects: Mapping[str, bytes]) -> None:
+    """Read every object below a directory from cachefs (not from the kernel's pages) and compare."""
+    for name, body in objects.items():
+        evict_pages(root / name)
+        assert (root / name).read_bytes() == body, name
+
+
 def run_program(
     arguments: Sequence[str | Path], *, timeout_s: float = 60.0, cwd: Path = REPOSITORY, check: bool = True
 ) -> subprocess.CompletedProcess[str]:

@@ -21,7 +21,7 @@ from cachefs.block.disk_room import reserve_bytes
 from cachefs.block.lmdb_tier import TierWriter
 from cachefs.types import Tier
 from tests.support.blocks import KIB, MIB, contents, key, open_tier, payload, put
-from tests.support.machine import detach, tmpfs
+from tests.support.machine import detach, free, tmpfs
 from tests.unit.test_block_tier import check_invariants
 from tests.unit.test_block_tier_faults import fill_up
 
@@ -52,11 +52,6 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     yield place
     detach(str(place))
     image.unlink()
-
-
-def free(place: Path) -> int:
-    room = os.statvfs(place)
-    return room.f_bavail * room.f_frsize
 
 
 def reserve(place: Path) -> int:

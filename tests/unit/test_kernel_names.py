@@ -18,7 +18,7 @@ from cachefs.fuse.protocol import all_names_expired, name_expired
 from cachefs.store.memory import MemoryStore
 from cachefs.types import ROOT_INO
 from metadata.store import MetadataWriter
-from tests.support.tree import Clock, ask_name, list_whole, writer_at
+from tests.support.tree import Clock, ask_name
 
 
 @pytest.fixture
@@ -36,18 +36,6 @@ def store() -> MemoryStore:
     made.put("v/file", b"one")
     made.put("v/d/below", b"x")
     return made
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def writer(tmp_path: Path, store: MemoryStore, clock: Clock) -> Iterator[MetadataWriter]:
-    with writer_at(tmp_path / "volume") as opened:
-        list_whole(opened, store, ROOT_INO, clock)
-        yield opened
 
 
 def written(end: int) -> list[bytes]:

@@ -17,7 +17,7 @@ from metadata import custody, disuse
 from metadata.moving import Places
 from metadata.room import AHEAD, LEAST, MetadataFull
 from metadata.store import MetadataWriter
-from tests.support.machine import tmpfs
+from tests.support.machine import fill_up, free, tmpfs
 from tests.support.tree import IDENTITY, Clock, check_invariants, list_everything, list_whole, writer_at
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tmpfs needs root")
@@ -41,21 +41,6 @@ def store() -> MemoryStore:
     return made
 
 
-def fill_up(place: Path) -> Path:
-    ballast = place / "ballast"
-    with ballast.open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(1 << 16))
-        except OSError:
-            return ballast
-
-
-def free(place: Path) -> int:
-    room = os.statvfs(place)
-    return room.f_bavail * room.f_frsize
-
-
 def test_pages_are_promised_ahead_and_given_back_at_the_end(disk: Path, store: MemoryStore) -> None:
     before = free(disk)
     with writer_at(disk / "volume") as writer:
@@ -72,14 +57,14 @@ def test_a_full_disk_does_not_stop_listings_at_once(disk: Path, store: MemorySto
     with writer_at(disk / "volume") as writer:
         clock = Clock()
         list_whole(writer, store, ROOT_INO, clock)
-        fill_up(disk)
+        hog = fill_up(disk)
         entries = writer.reader.scan(ROOT_INO, None, 100)
         for entry in entries[: (AHEAD - LEAST) // (600 << 10)]:  # what was promised is used first
             list_whole(writer, store, entry.ino, clock)
         with pytest.raises(MetadataFull, match="No space left"):
             list_everything(writer, store, clock)
         check_invariants(writer)
-        (disk / "ballast").unlink()
+        hog.unlink()
         list_everything(writer, store, clock)
         check_invariants(writer)
 
@@ -113,10 +98,10 @@ def test_a_file_system_that_cannot_promise(disk: Path, store: MemoryStore, monke
 
     monkeypatch.setattr(allocation, "promise", refuse)
     with writer_at(disk / "volume") as writer:
-        fill_up(disk)
+        hog = fill_up(disk)
         with pytest.raises(MetadataFull):
             list_everything(writer, store, Clock())
-        (disk / "ballast").unlink()
+        hog.unlink()
         list_everything(writer, store, Clock())
         check_invariants(writer)
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import cast
 
 import pytest
@@ -20,7 +19,7 @@ from metadata.facts import page_entries
 from metadata.freshness import Freshness
 from metadata.merge import ListingRun
 from metadata.store import MetadataWriter
-from tests.support.tree import Clock, ask_name, list_whole, writer_at
+from tests.support.tree import Clock, ask_name, list_whole
 
 NAMES = [b"f%02d" % number for number in range(20)]
 
@@ -31,18 +30,6 @@ def store() -> MemoryStore:
     for name in NAMES:
         made.put(f"v/{name.decode()}", b"x")
     return made
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def writer(tmp_path: Path, store: MemoryStore, clock: Clock) -> Iterator[MetadataWriter]:
-    with writer_at(tmp_path / "volume") as opened:
-        list_whole(opened, store, ROOT_INO, clock)
-        yield opened
 
 
 def filesystem(writer: MetadataWriter, clock_ns: Callable[[], int] = time.time_ns) -> FileSystem:

@@ -2,9 +2,11 @@
 #
 #   make test K=block            only tests whose names contain "block"
 #   make test ARGS="-x -v"       more arguments for pytest
+#   make test JOBS=0             one test after the other (two at a time is what the bounds on times are made for)
 
 PYTHON := .venv/bin/python
-PYTEST := $(PYTHON) -m pytest $(if $(K),-k "$(K)") $(ARGS)
+JOBS := 2
+PYTEST := $(PYTHON) -m pytest -n $(JOBS) --dist worksteal $(if $(K),-k "$(K)") $(ARGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all check lint types imports format bench docs constraints clean

@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 
 from bench.results import BY_NAME, SCENARIOS, Pass, Results
-from bench.targets import Judgement, Verdict
+from bench.targets import Judgement, Verdict, cold_ceiling
 
 _MIB = 1 << 20
 _TITLES = {Pass.INSTALLED: "as installed", Pass.GUARD: "with the wake-up guard held for everyone"}
@@ -99,7 +99,7 @@ def remarks(results: Results) -> list[str]:
         if record.absent is not None:
             lines.append(f"{record.label}: absent ({record.absent})")
         lines += [f"{record.label}: {note}" for note in record.notes]
-    lines += results.remarks + far_remarks(results)
+    lines += results.remarks + far_remarks(results) + ceiling_remarks(results)
     lines.append(
         "before each reading of the cold large file, memory of three times its size is touched and freed again: the "
         "host of a virtual machine hands memory out at the first touch, at the cost of whoever touches it"
@@ -121,6 +121,17 @@ def far_remarks(results: Results) -> list[str]:
         "the server is in a network namespace behind two TUN devices, and a process hands each packet on after 10 ms "
         f"(round trip measured: {results.facts['far.round_trip_ms']:.1f} ms; that process took "
         f"{results.facts['far.link_cpu_s_per_gib']:.1f} CPU seconds per GiB)"
+    ]
+
+
+def ceiling_remarks(results: Results) -> list[str]:
+    """Say how far any file system over the store's own client could be ahead of the best peer here."""
+    ceiling = cold_ceiling(results)
+    if ceiling is None:
+        return []
+    return [
+        f"large file, cold: obstore alone is {ceiling:.2f} x as fast as the best peer; whatever reads through S3 and "
+        "the kernel on this machine is below that"
     ]
 
 

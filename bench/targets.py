@@ -62,6 +62,13 @@ def ratio(scenario: str, *peers: str, which: Pass = Pass.INSTALLED) -> Callable[
     return compute
 
 
+def cold_ceiling(results: Results) -> float | None:
+    """Return how much faster than the best peer the bare client reads the cold large file."""
+    peers = [results.median(Pass.INSTALLED, peer, "large-cold") for peer in (*_S3_PEERS, "seaweedfs")]
+    best, bare = max(filter(None, peers), default=None), results.median(Pass.INSTALLED, "obstore", "large-cold")
+    return bare / best if best and bare else None
+
+
 def figure(scenario: str) -> Callable[[Results], float | None]:
     """Return the function that takes a figure of cachefs as it is."""
     return lambda results: results.median(Pass.INSTALLED, _SUBJECT, scenario)

@@ -121,7 +121,7 @@ class BlockMover:
         for tier in (self._shm, self._disk):
             value = None if tier is None else tier.read(key, length)
             if value is not None:
-                return None, value[codec.HEADER_SIZE :]
+                return None, bytes(memoryview(value)[codec.HEADER_SIZE :])
         body = bytearray(length)
         for _ in source.read_into(version, index * self._block_size, [memoryview(body)]):
             pass
@@ -129,8 +129,12 @@ class BlockMover:
 
     def promote(self, flight: Flight) -> None:
         """Bring a block from the disk tier into the shm tier and end its flight; one that is not good there goes on."""
+        with self._buffers.lent(1, flight.length) as places:
+            self._promote(flight, places[0])
+
+    def _promote(self, flight: Flight, place: memoryview) -> None:
         assert self._disk is not None
-        value = self._disk.read(flight.key, flight.length)
+        value = self._disk.read(flight.key, flight.length, place)
         if value is None:
             self._counters.add(metrics.DISK_MISSES.name)
             return

@@ -21,7 +21,9 @@ MIB = 1 << 20
 SHORTEST_RANGE = MIB
 LONGEST_RANGE = 8 * MIB
 RANGES = 4
-"""Neighbouring blocks are fetched in so many parallel ranges, none shorter or longer than these (or one block each)."""
+"""Neighbouring blocks are fetched in ranges of no more than the longest, which end at its multiples; less than that in
+so many parallel ones, none shorter than the shortest (or one block each).
+"""
 
 Answer = Callable[["list[Filled] | Exception"], None]
 
@@ -124,14 +126,20 @@ class Waiting:
 def ranges_of(flights: Sequence[Flight], block_size: int, under_way: int = 0) -> list[list[Flight]]:
     """Split flights into groups of neighbours, each to be read as one range, beside so many that are under way.
 
-    Few long ranges cost the least on both ends, and their blocks are used while the rest comes in; but a store gives a
-    connection only so much, so what comes first is spread over several.
+    Few long ranges that begin where a part of the object may begin cost the least on both ends (SeaweedFS: 0.85 s of
+    CPU per GiB in whole parts of 8 MiB, 1.1 s across their borders, 1.3 s in ranges of 2 MiB), and their blocks are
+    used while the rest comes in; but a store gives a connection only so much, so what comes first and is less than a
+    part is spread over several.
     """
-    wanted = len(flights) * block_size // max(1, RANGES - under_way)
-    longest = max(1, min(max(wanted, SHORTEST_RANGE), LONGEST_RANGE) // block_size)
+    part = max(1, LONGEST_RANGE // block_size)
+    longest = part
+    if len(flights) < part:
+        wanted = len(flights) * block_size // max(1, RANGES - under_way)
+        longest = max(1, max(wanted, SHORTEST_RANGE) // block_size)
     groups: list[list[Flight]] = []
     for flight in flights:
-        if groups and len(groups[-1]) < longest and groups[-1][-1].index + 1 == flight.index:
+        fits = groups and len(groups[-1]) < longest and flight.index % part > 0
+        if fits and groups[-1][-1].index + 1 == flight.index:
             groups[-1].append(flight)
         else:
             groups.append([flight])

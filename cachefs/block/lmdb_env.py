@@ -196,8 +196,11 @@ class BlockEnvironment:
                     found.append((page * PAGE_SIZE, value_pages(length) * PAGE_SIZE))
         return found
 
-    def read(self, key: BlockKey) -> bytes | None:
-        """Return a block's value, unchecked, or None. Raises CorruptBlock (short file), TierUnavailable."""
+    def read(self, key: BlockKey, place: memoryview | None = None) -> Bytes | None:
+        """Return a block's value, unchecked, or None: in `place` if that is given and holds it, else in new memory.
+
+        Raises CorruptBlock (short file), TierUnavailable.
+        """
         self._check_length()
         with _translated(f"block {key.hex()} cannot be read"), self._env.begin(buffers=True) as txn:
             record = txn.get(key, db=self._index)
@@ -205,8 +208,8 @@ class BlockEnvironment:
                 return None
             page, length = _INDEX.unpack(record)
             if page:
-                value = os.pread(self._fd, length, page * PAGE_SIZE + PAGE_HEADER)
-                if len(value) != length:
+                value = bytearray(length) if place is None or len(place) < length else place[:length]
+                if os.preadv(self._fd, [value], page * PAGE_SIZE + PAGE_HEADER) != length:
                     raise errors.CorruptBlock(f"the data file ends within block {key.hex()}")
                 return value
             view = txn.get(key)

@@ -132,11 +132,13 @@ class TierWriter:
         """Return whether the tier holds a block: a look into memory, from any thread."""
         return key in self._ledger
 
-    def read(self, key: BlockKey, expected_length: int | None = None) -> bytes | None:
-        """Return a block's stored value (header and payload), checked, or None. Never raises for the tier's sake."""
+    def read(self, key: BlockKey, expected_length: int | None = None, place: memoryview | None = None) -> Bytes | None:
+        """Return a block's stored value (header and payload), checked, or None: in `place` if it fits in there, else in
+        new memory. Never raises for the tier's sake.
+        """
         try:
             with self._gate:
-                value = None if self._env is None else self._env.read(key)
+                value = None if self._env is None else self._env.read(key, place)
             if value is not None:
                 codec.verify(value, key, expected_length)
             return value

@@ -109,3 +109,5 @@ class Spiller:
         """Write everything that is queued now."""
         while self._pending:
             await self._write_batch()
+        async with self._limiter:
+            pass  # a batch of `run` that is under way is no longer in the queue

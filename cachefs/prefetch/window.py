@@ -6,7 +6,7 @@ furthest byte read so far, at most `SLACK` behind or ahead of it. That furthest 
 has been asked for ends at the frontier.
 
 A sequential reader asks for what lies between the frontier and one window past its position whenever it has used up an
-eighth of the window: requests stay large, and a store that is far away always has nearly the whole window under way.
+eighth of the window: requests stay large, and a store that is far away always has most of the window under way.
 One that has used up half of its window makes it grow (x2, up to the maximum). A read elsewhere moves the
 position there, asks for nothing and cuts the window to nothing; `PROOF` bytes that follow on it without a gap begin a
 sequence again. So a reader of random records never causes readahead, and a seek of a sequential reader costs little.
@@ -23,6 +23,12 @@ NEAR = 128 << 10
 """The same while the sequence is not proven yet (or twice the size of the read, if that is more)."""
 PROOF = MIB
 """Bytes that must follow on a jump before it counts as a sequence: more than one request of the kernel."""
+
+
+STRIDE = 8 * MIB
+"""Requests of a large window end at multiples of this: stores keep large objects in parts of such a size, and read a
+part that lies in two requests twice.
+"""
 
 
 class ReadWindow:
@@ -87,6 +93,8 @@ class ReadWindow:
         first = max(self._frontier, end)
         target = min(end + self.window, file_size)
         self._trigger = end + self.window // 8 if target < file_size else file_size + 1
+        if target < file_size and self.window >= 2 * STRIDE:
+            target -= target % STRIDE
         if first >= target:
             return None
         self._frontier = target

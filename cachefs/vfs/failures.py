@@ -5,7 +5,8 @@ time and failed, the next of those who wait for the same comes, and would wait f
 time. Those come within milliseconds of the failed answer. FUSE does not say since when a reader waits, so whoever comes
 that soon is taken for one of them, and gets little time to find out whether the store is back: half a second, the next
 one half of that, and so on. Somebody who has just come, and found the store well again, gets the answer within that
-time; whoever comes later asks as if nothing had been. (Where it was the agent that did not answer: six times as much,
+time, unless the retries of a request that is still under way are pausing just then; whoever comes later asks as if
+nothing had been. (Where it was the agent that did not answer: six times as much,
 which is what it takes to start one.)
 
 A read of several pages that failed is repeated by the kernel for its first page, in the name of the same reader, who

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,15 +33,22 @@ Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
-    rig = Rig(tmp_path)
+def base() -> Iterator[Path]:
+    """A directory with a short name: the path of a socket is limited."""
+    with tempfile.TemporaryDirectory(prefix="cfs-") as path:
+        yield Path(path)
+
+
+@pytest.fixture
+def rig(base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    rig = Rig(base)
     argv = rig.plan()["worker_argv"]
     make_plan = launch.make_plan
     monkeypatch.setattr(launch, "make_plan", lambda *a, **k: {**make_plan(*a, **k), "worker_argv": argv})
     monkeypatch.setattr("cachefs.agent.launch.check_volume", lambda *_: ["the bucket says hello"])
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("CACHEFS_RUNTIME_DIR", rig.runtime.path)
-    monkeypatch.setenv("CACHEFS_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("CACHEFS_CACHE_DIR", str(base / "cache"))
     monkeypatch.setenv("CACHEFS_SHM_SIZE", "16MiB")
     yield rig
     rig.clean_up()
@@ -77,8 +85,8 @@ def test_mount_status_upgrade_umount(rig: Rig, cachefs: Command) -> None:
     rig.assert_nothing_left()
 
 
-def test_mount_through_a_symbolic_link(rig: Rig, cachefs: Command, tmp_path: Path) -> None:
-    link = tmp_path / "link"
+def test_mount_through_a_symbolic_link(rig: Rig, cachefs: Command) -> None:
+    link = rig.base / "link"
     link.symlink_to("mnt")
     assert cachefs("mount", SOURCE, link)[0] == 0
     assert rig.is_mounted()
@@ -285,7 +293,7 @@ def test_fusermount_mounts_and_unmounts(rig: Rig, monkeypatch: pytest.MonkeyPatc
     rig.mountpoint.mkdir()
 
 
-def test_user_without_rights_can_mount_and_unmount(rig: Rig, tmp_path: Path) -> None:
+def test_user_without_rights_can_mount_and_unmount(rig: Rig) -> None:
     """As nobody, with the Python of the system, which that user may run: the supervisor needs the standard library
     only.
     """
@@ -298,7 +306,7 @@ def test_user_without_rights_can_mount_and_unmount(rig: Rig, tmp_path: Path) -> 
         [*as_nobody, str(python), "-c", check, str(ROOT / "cachefs")], check=False, capture_output=True
     ).returncode:
         pytest.skip("the user nobody cannot run this checkout, or may not open /dev/fuse")
-    for directory in (tmp_path, *tmp_path.parents):
+    for directory in (rig.base, *rig.base.parents):
         if directory.stat().st_uid == 0 and directory not in (Path("/"), Path("/tmp")):
             directory.chmod(0o755)
     for path in [rig.mountpoint, rig.behaviour, *Path(rig.runtime.path).rglob("*"), Path(rig.runtime.path)]:

@@ -79,7 +79,7 @@ class Rig:
 
     def stored(self, tier: TierWriter | None, version: ObjectVersion, index: int) -> bytes | None:
         value = None if tier is None else tier.read(block_key(oid(version), index))
-        return None if value is None else value[codec.HEADER_SIZE :]
+        return None if value is None else bytes(memoryview(value)[codec.HEADER_SIZE :])
 
 
 def oid(version: ObjectVersion) -> ObjectId:

@@ -31,7 +31,7 @@ def open_tier(directory: Path | str, tier: Tier = Tier.DISK, limit: int = 4 * MI
 
 def contents(tier: TierWriter, index: int) -> bytes | None:
     value = tier.read(key(index))
-    return None if value is None else value[codec.HEADER_SIZE :]
+    return None if value is None else bytes(memoryview(value)[codec.HEADER_SIZE :])
 
 
 def put(tier: TierWriter, blocks: Iterable[tuple[BlockKey, Bytes]], demote: Demotion | None = None) -> None:

@@ -119,6 +119,15 @@ def test_what_far_away_means_is_said_where_it_was_measured() -> None:
     assert "1.4 CPU seconds per GiB" in text
 
 
+def test_the_bare_client_is_the_ceiling_of_cold_reading() -> None:
+    results = make_results("cachefs", "juicefs", "seaweedfs", "obstore")
+    results.add(Pass.INSTALLED, "obstore", "large-cold", 1200.0)
+    assert "obstore alone is" not in report.full_text(results, [])
+    results.add(Pass.INSTALLED, "juicefs", "large-cold", 600.0)
+    results.add(Pass.INSTALLED, "seaweedfs", "large-cold", 800.0)
+    assert "obstore alone is 1.50 x as fast as the best peer" in report.full_text(results, [])
+
+
 def test_the_chart_shows_every_measured_system(tmp_path: Path) -> None:
     results = make_results("cachefs", "rclone")
     assert not chart.draw(results, tmp_path / "none.svg")

@@ -124,6 +124,24 @@ def test_least_recently_used_goes_first(directory: tuple[Tier, Path]) -> None:
     tier.close()
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_a_block_is_read_into_the_place_that_is_given(directory: tuple[Tier, Path], size: int) -> None:
+    tier = open_tier(directory[1], directory[0])
+    put(tier, [(key(1), payload(1, size))])
+    stored = tier.read(key(1))
+    assert stored is not None
+    for room in (0, len(stored) - 1, len(stored), len(stored) + 100):
+        place = memoryview(bytearray(room))
+        found = tier.read(key(1), size, place)
+        assert found is not None
+        assert bytes(found) == bytes(stored)
+        if room >= len(stored) and value_pages(len(stored)):
+            assert isinstance(found, memoryview)
+            assert found.obj is place.obj, "no memory of its own"
+    assert tier.read(key(2), size, place) is None
+    tier.close()
+
+
 def test_demotion_sees_the_bytes_before_they_go(directory: tuple[Tier, Path]) -> None:
     kind, path = directory
     tier, seen = open_tier(path, kind, limit=2 * MIB), {}

@@ -6,10 +6,11 @@ import random
 import time
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachefs.prefetch.window import MIB, ReadWindow
+from cachefs.prefetch.window import MIB, STRIDE, ReadWindow
 
 GIB = 1 << 30
 
@@ -37,7 +38,18 @@ def test_nearly_the_whole_window_is_always_under_way() -> None:
     for offset in range(0, GIB // 2, MIB):
         ask = window.note(offset, MIB, GIB)
         frontier = frontier if ask is None else ask[1]
-        assert frontier - offset >= window.window * 7 // 8, "the store always has work"
+        assert frontier - offset >= window.window * 7 // 8 - STRIDE, "the store always has work"
+
+
+@pytest.mark.parametrize("start", [0, 3 * MIB, 5 * MIB + 4096])
+def test_requests_of_a_large_window_are_whole_parts(start: int) -> None:
+    window = ReadWindow()
+    read_all(window, start + 100 * MIB, 4096, start=start)
+    assert window.window == 64 * MIB
+    asks = read_all(window, GIB, start=start + 100 * MIB)
+    assert all(first % STRIDE == end % STRIDE == 0 for first, end in asks)
+    assert {end - first for first, end in asks} == {STRIDE}
+    assert asks[-1][1] == GIB
 
 
 def test_the_window_grows_with_what_was_read() -> None:

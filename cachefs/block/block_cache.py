@@ -145,7 +145,8 @@ class BlockCache:
         filled = outcome[0]
         if isinstance(filled, Exception):
             raise filled
-        return await self._with_payloads(oid, version, source, filled) if inline else filled
+        # Whoever joins a flight in the moment in which it ends comes too late to have its bytes kept.
+        return await self._with_payloads(oid, version, source, filled) if inline or self.carries else filled
 
     def start(
         self,

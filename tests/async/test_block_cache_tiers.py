@@ -134,6 +134,7 @@ async def test_nothing_leaves_shm_before_it_is_on_disk(place: Path) -> None:
                 await trio.lowlevel.checkpoint()
         assert all(rig.cache.has(block_key(oid(version), 0)) for version in versions)
         assert rig.counters.get("spills_lost") == 0
+        await rig.settled()
         await rig.cache.flush_spill()
         assert all(rig.stored(rig.disk, version, 0) == block(version, 0) for version in versions)
 

@@ -6,7 +6,7 @@ furthest byte read so far, at most `SLACK` behind or ahead of it. That furthest 
 has been asked for ends at the frontier.
 
 A sequential reader asks for what lies between the frontier and one window past its position whenever it has used up an
-eighth of the window: requests stay large, and a store that is far away always has most of the window under way.
+eighth of the window: requests stay large, and a store that is far away always has nearly the whole window under way.
 One that has used up half of its window makes it grow (x2, up to the maximum). A read elsewhere moves the
 position there, asks for nothing and cuts the window to nothing; `PROOF` bytes that follow on it without a gap begin a
 sequence again. So a reader of random records never causes readahead, and a seek of a sequential reader costs little.
@@ -94,7 +94,7 @@ class ReadWindow:
         target = min(end + self.window, file_size)
         self._trigger = end + self.window // 8 if target < file_size else file_size + 1
         if target < file_size and self.window >= 2 * STRIDE:
-            target -= target % STRIDE
+            target = min(target + -target % STRIDE, file_size)
         if first >= target:
             return None
         self._frontier = target

@@ -51,22 +51,17 @@ class Judgement:
         return {"target": self.text, "bound": self.bound, "reached": self.reached, "verdict": self.verdict.value}
 
 
-def ratio(scenario: str, *peers: str, which: Pass = Pass.INSTALLED) -> Callable[[Results], float | None]:
-    """Return the function that compares cachefs with the best of `peers`."""
+def ratio(
+    scenario: str, *peers: str, which: Pass = Pass.INSTALLED, of: str = _SUBJECT
+) -> Callable[[Results], float | None]:
+    """Return the function that compares cachefs (or another system) with the best of `peers`."""
 
     def compute(results: Results) -> float | None:
-        ours = results.median(which, _SUBJECT, scenario)
+        ours = results.median(which, of, scenario)
         theirs = [value for peer in peers if (value := results.median(which, peer, scenario)) is not None]
         return ours / max(theirs) if ours is not None and theirs else None
 
     return compute
-
-
-def cold_ceiling(results: Results) -> float | None:
-    """Return how much faster than the best peer the bare client reads the cold large file."""
-    peers = [results.median(Pass.INSTALLED, peer, "large-cold") for peer in (*_S3_PEERS, "seaweedfs")]
-    best, bare = max(filter(None, peers), default=None), results.median(Pass.INSTALLED, "obstore", "large-cold")
-    return bare / best if best and bare else None
 
 
 def figure(scenario: str) -> Callable[[Results], float | None]:
@@ -105,6 +100,10 @@ def _against_juicefs(which: Pass, page: float, shm: float, large: float, random:
 
 
 _S3_PEERS = ("juicefs", JUICEFS_MEMORY, "rclone", "s3fs")
+_PEERS = (*_S3_PEERS, "seaweedfs")
+
+cold_ceiling = ratio("large-cold", *_PEERS, of="obstore")
+"""How much faster than the best peer the bare client reads the cold large file."""
 
 TARGETS = (
     *_against_juicefs(Pass.INSTALLED, 3.5, 3.0, 2.3, 4.5),
@@ -112,7 +111,7 @@ TARGETS = (
     Target("page-warm small files, against the local file system", 0.5, ratio("small-page", "ext4")),
     Target("page-warm sequential, against the local file system", 0.6, ratio("large-page", "ext4")),
     Target("cold small files, against the best of JuiceFS, rclone, s3fs", 1.0, ratio("small-cold", *_S3_PEERS)),
-    Target("cold sequential, against the best peer", 2.0, ratio("large-cold", *_S3_PEERS, "seaweedfs")),
+    Target("cold sequential, against the best peer", 2.0, ratio("large-cold", *_PEERS)),
     Target("cold sequential, against obstore alone", 0.7, ratio("large-cold", "obstore")),
     Target("disk-warm sequential, against the local file system", 0.8, ratio("large-disk", "ext4")),
     Target("disk-warm small files, against JuiceFS (disk cache)", 1.0, ratio("small-disk", "juicefs")),

@@ -31,6 +31,10 @@ BlockKey = NewType("BlockKey", bytes)
 ROOT_INO = Ino(1)
 FIRST_INO = 2
 NAME_MAX = 255
+PART_BYTES = 8 << 20
+"""Large objects are read in parts of this size, at its multiples: stores keep them in parts of such a size, and read a
+part that lies in two requests twice.
+"""
 
 _INDEX = struct.Struct(">I")
 

@@ -146,7 +146,8 @@ class BlockCache:
         if isinstance(filled, Exception):
             raise filled
         # Whoever joins a flight in the moment in which it ends comes too late to have its bytes kept.
-        return await self._with_payloads(oid, version, source, filled) if inline or self.carries else filled
+        inline = inline or (self.carries and priority is Priority.DEMAND)
+        return await self._with_payloads(oid, version, source, filled) if inline else filled
 
     def start(
         self,

@@ -129,21 +129,18 @@ class BlockMover:
 
     def promote(self, flight: Flight) -> None:
         """Bring a block from the disk tier into the shm tier and end its flight; one that is not good there goes on."""
-        with self._buffers.lent(1, flight.length) as places:
-            self._promote(flight, places[0])
-
-    def _promote(self, flight: Flight, place: memoryview) -> None:
         assert self._disk is not None
-        value = self._disk.read(flight.key, flight.length, place)
-        if value is None:
-            self._counters.add(metrics.DISK_MISSES.name)
-            return
-        self._counters.add(metrics.DISK_HITS.name)
-        self._counters.add(metrics.DISK_HIT_BYTES.name, flight.length)
-        self._disk.touch([flight.key])
-        stored = self._into_shm([(flight.key, value)])
-        flight.source = Tier.DISK
-        self._end(flight, value, stored=stored)
+        with self._buffers.lent(1, flight.length) as (place,):
+            value = self._disk.read(flight.key, flight.length, place)
+            if value is None:
+                self._counters.add(metrics.DISK_MISSES.name)
+                return
+            self._counters.add(metrics.DISK_HITS.name)
+            self._counters.add(metrics.DISK_HIT_BYTES.name, flight.length)
+            self._disk.touch([flight.key])
+            stored = self._into_shm([(flight.key, value)])
+            flight.source = Tier.DISK
+            self._end(flight, value, stored=stored)
 
     def fetch(
         self,

@@ -13,16 +13,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cachefs.block.lane import Job, Lane
-from cachefs.types import BlockKey, Tier
+from cachefs.types import PART_BYTES, BlockKey, Tier
 
 log = logging.getLogger(__name__)
 
 MIB = 1 << 20
 SHORTEST_RANGE = MIB
-LONGEST_RANGE = 8 * MIB
 RANGES = 4
-"""Neighbouring blocks are fetched in ranges of no more than the longest, which end at its multiples; less than that in
-so many parallel ones, none shorter than the shortest (or one block each).
+"""Neighbouring blocks are fetched in ranges that lie in one part of the object; less than a part in so many parallel
+ones, none shorter than the shortest (or one block each).
 """
 
 Answer = Callable[["list[Filled] | Exception"], None]
@@ -131,7 +130,7 @@ def ranges_of(flights: Sequence[Flight], block_size: int, under_way: int = 0) ->
     blocks are used while the rest comes in; but a store gives a connection only so much, so what comes first and is
     less than a part is spread over several.
     """
-    part = max(1, LONGEST_RANGE // block_size)
+    part = max(1, PART_BYTES // block_size)
     longest = part
     if len(flights) < part:
         wanted = len(flights) * block_size // max(1, RANGES - under_way)

@@ -208,8 +208,14 @@ class BlockEnvironment:
                 return None
             page, length = _INDEX.unpack(record)
             if page:
-                value = bytearray(length) if place is None or len(place) < length else place[:length]
-                if os.preadv(self._fd, [value], page * PAGE_SIZE + PAGE_HEADER) != length:
+                start = page * PAGE_SIZE + PAGE_HEADER
+                if place is None or len(place) < length:
+                    value: Bytes = os.pread(self._fd, length, start)
+                    count = len(value)
+                else:
+                    value = place[:length]
+                    count = os.preadv(self._fd, [value], start)
+                if count != length:
                     raise errors.CorruptBlock(f"the data file ends within block {key.hex()}")
                 return value
             view = txn.get(key)

@@ -16,6 +16,8 @@ INVARIANT: `note` asks for no byte twice while the reader goes forward, and for 
 
 from __future__ import annotations
 
+from cachefs.types import PART_BYTES
+
 MIB = 1 << 20
 SLACK = 4 * MIB
 """How far from the position a read still belongs to a known sequence: the kernel's own readahead is 4 MiB."""
@@ -23,12 +25,6 @@ NEAR = 128 << 10
 """The same while the sequence is not proven yet (or twice the size of the read, if that is more)."""
 PROOF = MIB
 """Bytes that must follow on a jump before it counts as a sequence: more than one request of the kernel."""
-
-
-STRIDE = 8 * MIB
-"""Requests of a large window end at multiples of this: stores keep large objects in parts of such a size, and read a
-part that lies in two requests twice.
-"""
 
 
 class ReadWindow:
@@ -89,12 +85,16 @@ class ReadWindow:
         self._grow_at = end + window // 2
 
     def _ask(self, end: int, file_size: int) -> tuple[int, int] | None:
-        """Move the frontier to one window past `end`; return what lies between."""
+        """Move the frontier to one window past `end`, if that is large to the end of the part there.
+
+        Returns what lies between.
+        """
         first = max(self._frontier, end)
-        target = min(end + self.window, file_size)
+        target = end + self.window
+        if self.window >= 2 * PART_BYTES:
+            target += -target % PART_BYTES
+        target = min(target, file_size)
         self._trigger = end + self.window // 8 if target < file_size else file_size + 1
-        if target < file_size and self.window >= 2 * STRIDE:
-            target = min(target + -target % STRIDE, file_size)
         if first >= target:
             return None
         self._frontier = target

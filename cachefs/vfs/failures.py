@@ -6,8 +6,7 @@ time. Those come within milliseconds of the failed answer. FUSE does not say sin
 that soon is taken for one of them, and gets little time to find out whether the store is back: half a second, the next
 one half of that, and so on. Somebody who has just come, and found the store well again, gets the answer within that
 time, unless the retries of a request that is still under way are pausing just then; whoever comes later asks as if
-nothing had been. (Where it was the agent that did not answer: six times as much,
-which is what it takes to start one.)
+nothing had been. (Where it was the agent that did not answer: six times as much, which is what it takes to start one.)
 
 A read of several pages that failed is repeated by the kernel for its first page, in the name of the same reader, who
 has had all of the time: that one fails at once.

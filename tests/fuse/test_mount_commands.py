@@ -35,7 +35,7 @@ Command = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def base() -> Iterator[Path]:
     """A directory with a short name: the path of a socket is limited."""
-    with tempfile.TemporaryDirectory(prefix="cfs-") as path:
+    with tempfile.TemporaryDirectory(prefix="cfs-", dir="/tmp") as path:
         yield Path(path)
 
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachefs.block.flights import LONGEST_RANGE, SHORTEST_RANGE, Flight, ranges_of
+from cachefs.block.flights import SHORTEST_RANGE, Flight, ranges_of
+from cachefs.types import PART_BYTES
 from tests.support.blocks import KIB, MIB, key
 
 
@@ -36,7 +37,7 @@ def test_every_block_once_in_order_and_no_gap_in_a_range(found: set[int], block_
     assert [index for group in groups for index in group] == sorted(found)
     for group in groups:
         assert group == list(range(group[0], group[0] + len(group)))
-        assert len(group) * block_size <= max(LONGEST_RANGE, block_size)
-        first, last = group[0] * block_size // LONGEST_RANGE, group[-1] * block_size // LONGEST_RANGE
-        assert first == last or block_size > LONGEST_RANGE
-    assert SHORTEST_RANGE <= LONGEST_RANGE
+        assert len(group) * block_size <= max(PART_BYTES, block_size)
+        first, last = group[0] * block_size // PART_BYTES, group[-1] * block_size // PART_BYTES
+        assert first == last or block_size > PART_BYTES
+    assert SHORTEST_RANGE <= PART_BYTES

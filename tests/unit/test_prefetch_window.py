@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachefs.prefetch.window import MIB, STRIDE, ReadWindow
+from cachefs.prefetch.window import MIB, ReadWindow
+from cachefs.types import PART_BYTES
 
 GIB = 1 << 30
 
@@ -47,8 +48,8 @@ def test_requests_of_a_large_window_are_whole_parts(start: int) -> None:
     read_all(window, start + 100 * MIB, 4096, start=start)
     assert window.window == 64 * MIB
     asks = read_all(window, GIB, start=start + 100 * MIB)
-    assert all(first % STRIDE == end % STRIDE == 0 for first, end in asks)
-    assert {end - first for first, end in asks} == {STRIDE}
+    assert all(first % PART_BYTES == end % PART_BYTES == 0 for first, end in asks)
+    assert {end - first for first, end in asks} == {PART_BYTES}
     assert asks[-1][1] == GIB
 
 

@@ -90,12 +90,14 @@ class S3Server:
         try:
             for attempt in range(START_ATTEMPTS):
                 self._ports = _free_ports(4)
+                self._local = threading.local()  # clients of other ports
                 try:
                     self._start()
                 except S3ServerError:
                     # Between choosing the ports and binding them somebody else may have taken one.
                     if attempt == START_ATTEMPTS - 1:
                         raise
+                    shutil.rmtree(self._directory / "objects", ignore_errors=True)  # it knows the ports too
                 else:
                     break
         except BaseException:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import s3_server
 from bench.s3_server import S3Server
 
 OWNER = """
@@ -55,3 +57,24 @@ def test_nothing_is_left_when_its_owner_is_killed(tmp_path: Path) -> None:
         pytest.fail("the server still runs")
     assert list(tmp_path.iterdir()) == []
     assert not list(Path("/tmp").glob(f"seaweedfs-*-{port + 10_000}.sock"))
+
+
+def test_a_port_that_somebody_takes_in_time_is_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    free_ports = s3_server._free_ports
+    asked: list[tuple[int, ...]] = []
+    with socket.socket() as taken:
+
+        def ports(count: int) -> tuple[int, ...]:
+            found = free_ports(count)
+            if not asked:
+                taken.bind((s3_server.LOOPBACK, found[-1]))
+            asked.append(found)
+            return found
+
+        monkeypatch.setattr(s3_server, "_free_ports", ports)
+        monkeypatch.setattr(s3_server, "START_TIMEOUT_S", 8.0)
+        with S3Server() as server:
+            assert len(asked) == 2
+            assert server.port == asked[1][-1]
+            server.create_bucket("there")
+            assert [bucket["Name"] for bucket in server.client().list_buckets()["Buckets"]] == ["there"]

@@ -31,6 +31,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -39,7 +40,9 @@ if TYPE_CHECKING:
     from obstore.store import S3Store
 
 GRPC_OFFSET = 10_000
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 45.0
+# A request that meets the server while it starts may never be answered, and so may one to a stranger on its port.
+PROBE_TIMEOUT_S = 3.0
 START_ATTEMPTS = 3
 REGION = "us-east-1"
 LOOPBACK = "127.0.0.1"
@@ -90,14 +93,14 @@ class S3Server:
         try:
             for attempt in range(START_ATTEMPTS):
                 self._ports = _free_ports(4)
-                self._local = threading.local()  # clients of other ports
                 try:
                     self._start()
                 except S3ServerError:
                     # Between choosing the ports and binding them somebody else may have taken one.
                     if attempt == START_ATTEMPTS - 1:
                         raise
-                    shutil.rmtree(self._directory / "objects", ignore_errors=True)  # it knows the ports too
+                    self._remove(self._sockets())
+                    self._remove([str(self._directory / "objects")])  # it knows the ports too
                 else:
                     break
         except BaseException:
@@ -111,17 +114,24 @@ class S3Server:
     def close(self) -> None:
         """Stop the server and remove its data."""
         self.kill()
-        for path in self._rubbish():
+        self._remove(self._rubbish())
+
+    @staticmethod
+    def _remove(paths: list[str]) -> None:
+        for path in paths:
             if os.path.isdir(path):
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 Path(path).unlink(missing_ok=True)
 
     def _rubbish(self) -> list[str]:
-        """What is left over at the end: the directory, and sockets that SeaweedFS puts into /tmp in any case."""
+        """What is left over at the end."""
+        return [str(self._directory), *self._sockets()]
+
+    def _sockets(self) -> list[str]:
+        """What SeaweedFS puts into /tmp in any case."""
         roles = zip(("master", "volume", "filer", "s3"), self._ports, strict=False)
-        sockets = (f"/tmp/seaweedfs-{role}-grpc-{port + GRPC_OFFSET}.sock" for role, port in roles)
-        return [str(self._directory), *sockets]
+        return [f"/tmp/seaweedfs-{role}-grpc-{port + GRPC_OFFSET}.sock" for role, port in roles]
 
     def kill(self) -> None:
         """Kill the server at once (its objects stay for `restart`). Connections in flight are reset."""
@@ -156,7 +166,8 @@ class S3Server:
                 env={**os.environ, "TMPDIR": str(self._directory)},
             )
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not self._answers():
+        probe = self._new_client(read_timeout_s=PROBE_TIMEOUT_S)
+        while not self._answers(probe):
             if not self.running or time.monotonic() > deadline:
                 self.kill()
                 tail = (self._directory / "log").read_text(errors="replace").splitlines()[-8:]
@@ -197,17 +208,29 @@ class S3Server:
             f"-s3.config={self._directory}/s3.json",
         ]
 
-    def _answers(self) -> bool:
-        """A signed request has to succeed: the port opens before the filer behind it is ready."""
+    def _answers(self, probe: S3Client) -> bool:
+        """A signed request has to succeed: the port opens before the filer behind it is ready. And the master must know
+        the volumes: until they have joined, a GET of an object that is there may end with 500.
+        """
         from botocore.exceptions import BotoCoreError, ClientError
 
         with contextlib.suppress(OSError), socket.create_connection((self._address, self.port), timeout=1):
             try:
-                self.client().list_buckets()
+                probe.list_buckets()
             except (BotoCoreError, ClientError):
                 return False
-            return True
+            return self._volumes_joined()
         return False
+
+    def _volumes_joined(self) -> bool:
+        master = HTTPConnection(self._address, self._ports[0], timeout=PROBE_TIMEOUT_S)
+        try:
+            master.request("GET", "/dir/status")
+            return bool(json.load(master.getresponse())["Topology"]["Max"] > 0)
+        except (HTTPException, ValueError, KeyError):
+            return False
+        finally:
+            master.close()
 
     # -- use ----------------------------------------------------------------------------------------------------------
 
@@ -249,21 +272,26 @@ class S3Server:
         """Return a boto3 client (one per thread: making one costs 0.2 s)."""
         cached: S3Client | None = getattr(self._local, "client", None)
         if cached is None:
-            import boto3
-            from botocore.config import Config
-
-            cached = boto3.session.Session().client(
-                "s3",
-                endpoint_url=self.endpoint_url,
-                aws_access_key_id=self.access_key,
-                aws_secret_access_key=self.secret_key,
-                region_name=self.region,
-                config=Config(
-                    s3={"addressing_style": "path"}, retries={"max_attempts": 1}, connect_timeout=5, read_timeout=60
-                ),
-            )
-            self._local.client = cached
+            cached = self._local.client = self._new_client(read_timeout_s=60)
         return cached
+
+    def _new_client(self, *, read_timeout_s: float) -> S3Client:
+        import boto3
+        from botocore.config import Config
+
+        return boto3.session.Session().client(
+            "s3",
+            endpoint_url=self.endpoint_url,
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+            region_name=self.region,
+            config=Config(
+                s3={"addressing_style": "path"},
+                retries={"max_attempts": 1},
+                connect_timeout=5,
+                read_timeout=read_timeout_s,
+            ),
+        )
 
     def create_bucket(self, bucket: str) -> str:
         """Make a bucket (fine if it exists) and return its name."""

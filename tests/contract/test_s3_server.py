@@ -62,17 +62,17 @@ def test_nothing_is_left_when_its_owner_is_killed(tmp_path: Path) -> None:
 def test_a_port_that_somebody_takes_in_time_is_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
     free_ports = s3_server._free_ports
     asked: list[tuple[int, ...]] = []
-    with socket.socket() as taken:
+    with socket.socket() as stranger:  # takes connections and never answers
 
         def ports(count: int) -> tuple[int, ...]:
             found = free_ports(count)
             if not asked:
-                taken.bind((s3_server.LOOPBACK, found[-1]))
+                stranger.bind((s3_server.LOOPBACK, found[-1]))
+                stranger.listen()
             asked.append(found)
             return found
 
         monkeypatch.setattr(s3_server, "_free_ports", ports)
-        monkeypatch.setattr(s3_server, "START_TIMEOUT_S", 8.0)
         with S3Server() as server:
             assert len(asked) == 2
             assert server.port == asked[1][-1]

@@ -8,7 +8,9 @@ import signal
 import socket
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -377,30 +379,32 @@ def test_claims_of_many_at_once_never_overlap(tmp_path: Path) -> None:
     from cachefs.errors import MountError
 
     runtime = RuntimeDir(str(tmp_path / "run"))
-    inside, worst, entered = 0, 0, 0
+    inside, worst, refused = 0, 0, 0
     guard = threading.Lock()
+    deadline = time.monotonic() + 60
 
-    def contend() -> None:
-        nonlocal inside, worst, entered
-        for _ in range(50):
+    def contend(turns: int) -> None:
+        nonlocal inside, worst, refused
+        while turns and time.monotonic() < deadline:
             try:
                 with claimed("/m", runtime):
                     with guard:
                         inside += 1
-                        entered += 1
                         worst = max(worst, inside)
+                    time.sleep(0.0005)  # somebody else comes meanwhile
                     with guard:
                         inside -= 1
+                    turns -= 1
             except MountError:
-                pass
+                with guard:
+                    refused += 1
+        assert turns == 0, "a claim that nobody holds is refused"
 
-    threads = [threading.Thread(target=contend) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        for ended in [pool.submit(contend, 25) for _ in range(4)]:
+            ended.result()
     assert worst == 1
-    assert entered >= 50
+    assert refused > 0
 
 
 def test_waiting_for_a_process_that_is_gone() -> None:

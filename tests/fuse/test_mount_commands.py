@@ -170,8 +170,9 @@ def test_interrupted_mount_leaves_nothing(rig: Rig, cachefs: Command) -> None:
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    assert cachefs("mount", SOURCE, rig.mountpoint)[0] == 130
+    code, _, said = cachefs("mount", SOURCE, rig.mountpoint)
     thread.join()
+    assert code == 130, said
     rig.assert_nothing_left()
 
 

@@ -62,7 +62,7 @@ DISK_WRITE_BYTES = _bytes("disk_write_bytes", "Bytes committed to the disk tier.
 DISK_EVICTIONS = _count("disk_evictions", "Blocks evicted from the disk tier to make room.")
 DISK_CORRUPT = _count("disk_corrupt", "Blocks of the disk tier that failed their check and were dropped.")
 DISK_FAULTS = _count(
-    "disk_faults", "Operations that the disk tier could not do (full, read-only); each was handled as a miss."
+    "disk_faults", "Operations that the disk tier could not do (full, read-only, cut); each was handled as a miss."
 )
 
 # Fills: what the agent does about a miss.
@@ -97,7 +97,7 @@ FUSE_READS = _count("fuse_reads", "READ requests of the kernel.")
 FUSE_READ_BYTES = _bytes("fuse_read_bytes", "Bytes given to the kernel.")
 FUSE_REQUESTS = _count("fuse_requests", "All requests of the kernel, READ included.")
 FUSE_ERRORS = _count("fuse_errors", "Requests that were answered with an error other than ENOENT or ENODATA.")
-READ_MISSES = _count("read_misses", "READ requests that had to ask the agent.")
+READ_MISSES = _count("read_misses", "READ requests that the shm tier could not answer.")
 READ_MISS_SECONDS = Metric("read_miss_seconds", Unit.SECONDS, "Time that those READ requests waited.")
 READAHEAD_REQUESTS = _count("readahead_requests", "Readahead messages sent to the agent.")
 HUNG_AGENTS = _count("hung_agents", "Agents that showed no sign of life while an answer was due, and were killed.")

@@ -118,10 +118,10 @@ class Agent:
                     paths.volumes, self._config, self._run_blocking, self._housework, nursery,
                     None if disk is None else disk.give_back,
                 )  # fmt: skip
-                volumes.handicaps = self._handicaps(paths)
+                volumes.handicaps = functools.partial(self._handicaps, paths, cache)
                 server = Server(
                     cache, volumes, self._config.block_size_bytes, None if shm is None else str(paths.shm),
-                    lambda: self._status(cache, serving), self._stopped.set,
+                    None if disk is None else str(paths.disk), lambda: self._status(cache, serving), self._stopped.set,
                 )  # fmt: skip
                 nursery.start_soon(self._presence.serve, server.serve, nursery)
                 nursery.start_soon(self._keep_house, cache, disk, volumes)
@@ -225,17 +225,22 @@ class Agent:
         try:
             if tier is Tier.SHM:
                 own_directory(path)
-            return TierWriter(
+            opened = TierWriter(
                 str(path),
                 tier,
                 limit_bytes=limit_bytes,
                 block_size=self._config.block_size_bytes,
                 counters=self._counters,
+                patient=True,
             )
         except (errors.TierUnavailable, OSError) as error:
             log.warning("the %s tier is off: %s", tier.value, error)
             self._reasons[tier.value] = str(error)
             return None
+        why = opened.stats().get("reason")
+        if why:
+            log.warning("the %s tier is off until that changes: %s", tier.value, why)
+        return opened
 
     async def _keep_house(self, cache: BlockCache, disk: TierWriter | None, volumes: Volumes) -> None:
         """Free what killed workers left pinned, keep within the memory limit, use quiet times to get safe on disk.
@@ -279,9 +284,10 @@ class Agent:
                 self._signalled = True
                 self._stopped.set()
 
-    def _handicaps(self, paths: AgentPaths) -> list[str]:
+    def _handicaps(self, paths: AgentPaths, cache: BlockCache) -> list[str]:
         """Return what somebody who mounts should know of this agent."""
-        said = [f"the {name} tier is off, and reads do without it: {why}" for name, why in self._reasons.items()]
+        off = [(name, tier.get("reason")) for name, tier in self._tiers(cache).items() if tier.get("state") == "off"]
+        said = [f"the {name} tier is off, and reads do without it: {why}" for name, why in off if why]
         if not paths.volumes.at_home:
             where = f"{paths.volumes.home} cannot be written"
             said.append(f"{where}: what is known of names is kept in memory, {paths.volumes.in_use}")
@@ -293,7 +299,7 @@ class Agent:
         for name, limit_bytes in (("shm", self._config.shm_size_bytes), ("disk", self._config.cache_size_bytes)):
             if stats[name]["state"] == "off":
                 stats[name]["limit_bytes"] = limit_bytes
-                stats[name]["reason"] = self._reasons.get(name)
+                stats[name]["reason"] = self._reasons.get(name) or stats[name].get("reason")
             elif stats[name]["state"] == "full":
                 stats[name]["reason"] = "its file system has no more room for it: what is left is for others"
         return stats

@@ -71,6 +71,8 @@ class Attached(Message, frozen=True):
     block_size: int
     lineage: str = ""
     """What the metadata has in common with its copies: inode numbers of another lineage mean nothing in it."""
+    disk_path: str | None = None
+    """Directory of the disk tier's LMDB environment; None while the tier is off."""
     notices: list[str] = []
     """For the person who mounts: settings that this agent does not follow because another mount started it."""
 
@@ -149,9 +151,12 @@ class Counters(Message, frozen=True):
 
 
 class Touched(Message, frozen=True):
-    """Blocks that the worker answered from the shm tier, for the eviction policy (a bounded sample). No reply."""
+    """Blocks that the worker answered from the tiers, for the eviction policy (a bounded sample). No reply."""
 
     keys: list[bytes]
+    disk_hits: int = 0
+    disk_hit_bytes: int = 0
+    """What it has read from the disk tier itself since the last such message."""
 
 
 class Status(Message, frozen=True):

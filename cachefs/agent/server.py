@@ -39,6 +39,7 @@ class Server:
         volumes: Volumes,
         block_size: int,
         shm_path: str | None,
+        disk_path: str | None,
         status: Callable[[], dict[str, Any]],
         stop: Callable[[], None],
     ) -> None:
@@ -46,6 +47,7 @@ class Server:
         self.volumes = volumes
         self.block_size = block_size
         self.shm_path = shm_path
+        self.disk_path = disk_path
         self.status = status
         self.stop = stop
         self._token = trio.lowlevel.current_trio_token()
@@ -113,7 +115,8 @@ class _Connection:
             case messages.Readahead():
                 self._start_readahead(request)
             case messages.Touched():
-                self._server.cache.touch([BlockKey(key) for key in request.keys])
+                keys = [BlockKey(key) for key in request.keys]
+                self._server.cache.touch(keys, request.disk_hits, request.disk_hit_bytes)
             case messages.Counters():
                 if self._mount is not None:
                     self._mount.counters = request.values
@@ -172,6 +175,7 @@ class _Connection:
             pid=os.getpid(),
             version=__version__,
             shm_path=self._server.shm_path,
+            disk_path=self._server.disk_path,
             metadata_path=volume.writer.path,
             volume_id=volume.volume_id,
             endpoint=volume.store.endpoint,

@@ -191,7 +191,7 @@ class Volumes:
         self._marked_at = time.monotonic()
         self._complaints: dict[str, str] = {}
         """What could not be settled, by volume."""
-        self.handicaps: list[str] = []
+        self.handicaps: Callable[[], list[str]] = list
         """What this agent cannot do: to be said to whoever mounts."""
         self.by_id: dict[str, Volume] = {}
 
@@ -270,7 +270,7 @@ class Volumes:
     def notices(self, plain: Mapping[str, Any], given: Collection[str]) -> list[str]:
         """Return what a mount should know of this agent, and what it asked for (`given`) and does not get."""
         asked: CacheConfig = from_plain(CacheConfig, plain["cache"])
-        said = list(self.handicaps)
+        said = self.handicaps()
         for name, words in (
             ("cache_size_bytes", "the running agent keeps --cache-size at {has} (asked: {asked})"),
             ("shm_size_bytes", "the running agent keeps --shm-size at {has} (asked: {asked})"),

@@ -225,8 +225,13 @@ class BlockCache:
         tiers = ((Tier.SHM, self._shm), (Tier.DISK, self._disk))
         return {name: 0 if tier is None else sum(key in tier for key in keys) for name, tier in tiers}
 
-    def touch(self, keys: Iterable[bytes]) -> None:
-        """Workers answered these blocks from the shm tier, in the last second (they report once a second)."""
+    def touch(self, keys: Iterable[bytes], disk_hits: int = 0, disk_hit_bytes: int = 0) -> None:
+        """Workers answered these blocks from the tiers in the last second (they report once a second), and have read so
+        many from the disk tier themselves.
+        """
+        if disk_hits:
+            self._counters.add(metrics.DISK_HITS.name, disk_hits)
+            self._counters.add(metrics.DISK_HIT_BYTES.name, disk_hit_bytes)
         self._quiet_since = trio.current_time() + REPORTED_S
         known = [BlockKey(key) for key in keys]
         for tier in (self._shm, self._disk):

@@ -35,7 +35,7 @@ from cachefs.block.ledger import PAGE_SIZE, Ledger, value_cost
 from cachefs.block.lmdb_env import BlockEnvironment, MapFull
 from cachefs.block.ports import EvictionPolicy
 from cachefs.block.tier_eviction import Demotion, evict
-from cachefs.block.tier_growth import Growth
+from cachefs.block.tier_growth import STEP, Growth
 from cachefs.block.tier_opening import open_tier, take_over
 from cachefs.metrics import Counters
 from cachefs.types import BlockKey, Tier
@@ -72,10 +72,12 @@ class TierWriter:
         block_size: int,
         counters: Counters,
         policy: Callable[[], EvictionPolicy] = LruPolicy,
+        patient: bool = False,
     ) -> None:
         """Open or begin the tier. What cannot be used is set aside (shm: removed) with one warning.
 
-        Raises: TierUnavailable when the directory cannot be written, or the limit is too small for a few blocks.
+        Raises: TierUnavailable when the limit is too small for a few blocks, or the directory cannot be written (with
+        `patient` it is off then, and tried again).
         """
         self.directory = directory.rstrip("/")
         self.tier = tier
@@ -95,12 +97,19 @@ class TierWriter:
         self._ledger = Ledger(policy())
         self._env: BlockEnvironment | None = None
         self._unusable = ""
+        self._absent = ""
+        """Why it could not be opened yet: what is there may be as good as ever."""
         self._retry_at = 0.0
         self._pause_until = 0.0
         self._clean = False
         self._closed = False
         self._faults = Faults(f"the {tier} tier in {self.directory}", tier, counters)
-        self._begin()
+        try:
+            self._begin()
+        except errors.TierUnavailable as error:
+            if not patient:
+                raise
+            self._wait(error)
 
     # -- opening -------------------------------------------------------------------------------------------------------
 
@@ -121,7 +130,7 @@ class TierWriter:
             opened.env.close()
             raise errors.TierUnavailable(f"{self.directory} cannot be written: {error}") from error
         self._env, self._ledger, self._growth = opened.env, opened.ledger, growth
-        self._unusable, self._clean = "", False
+        self._unusable, self._absent, self._clean = "", "", False
         if opened.former is not None:
             take_over(opened.former, self.put_values, lambda: self._growth.usable - self._ledger.used_bytes)
             log.info("the %s tier is smaller now: took over %d blocks", self.tier, len(self._ledger))
@@ -240,7 +249,7 @@ class TierWriter:
             self._revive()
         env = self._env
         if env is None:
-            raise errors.TierUnavailable(self._unusable or "it is closed")
+            raise errors.TierUnavailable(self._unusable or self._absent or "it is closed")
         if self._clean:
             try:
                 tier_files.in_use().store(self.directory)
@@ -251,7 +260,9 @@ class TierWriter:
 
     def _group_bytes(self) -> int:
         """Return what one transaction may write: LMDB uses its pages again only two transactions later."""
-        return max(min(GROUP_BYTES, self._growth.slack // 4), self._block_cost)
+        return (
+            self._block_cost if self._env is None else max(min(GROUP_BYTES, self._growth.slack // 4), self._block_cost)
+        )
 
     def _make_room(self, need: int, demote: Demotion | None) -> None:
         usable = self._growth.usable
@@ -321,11 +332,22 @@ class TierWriter:
         return errors.TierUnavailable(str(error))
 
     def _revive(self) -> None:
-        if not self._unusable or time.monotonic() < self._retry_at:
+        if not (self._unusable or self._absent) or time.monotonic() < self._retry_at:
             return
         self._retry_at = time.monotonic() + RETRY_S
-        self._begin()
+        try:
+            self._begin()
+        except errors.TierUnavailable as error:
+            if self._unusable:
+                raise
+            self._wait(error)
+            return
         log.info("the %s tier in %s is back", self.tier, self.directory)
+
+    def _wait(self, error: errors.TierUnavailable) -> None:
+        """It cannot be opened: try again later. Whoever opened it has been told."""
+        self._absent = str(error)
+        self._retry_at = self._pause_until = time.monotonic() + RETRY_S
 
     def maintain(self) -> None:
         """Do what has to be done every few seconds: free dead readers' slots, come back after faults. Never raises."""
@@ -340,6 +362,8 @@ class TierWriter:
                         self._pause_until = 0.0
                     if self._growth.deficit:
                         self.give_back(0)
+                    elif not self._growth.growing:  # a tier that nobody writes to finds room, too
+                        self._may_grow(self._env, STEP)
             except errors.CorruptBlock as error:
                 self._give_up(error)
             except errors.TierUnavailable as error:
@@ -377,7 +401,7 @@ class TierWriter:
                 self.sync_and_mark()
             except (errors.CorruptBlock, errors.TierUnavailable) as error:
                 self._faults.fault(error)
-            env, self._env, self._unusable, self._closed = self._env, None, "", True
+            env, self._env, self._unusable, self._absent, self._closed = self._env, None, "", "", True
             with self._gate.closed():
                 if env is not None:
                     env.close()
@@ -391,8 +415,9 @@ class TierWriter:
         return "on" if self._growth.growing else "full"
 
     def stats(self) -> dict[str, Any]:
-        """Return state, used_bytes, limit_bytes and blocks."""
-        return {
+        """Return state, used_bytes, limit_bytes and blocks, and the reason if it is off."""
+        reason = {"reason": self._unusable or self._absent or None} if self._env is None else {}
+        return reason | {
             "state": self.state,
             "used_bytes": self._ledger.used_bytes,
             "limit_bytes": self.limit_bytes,

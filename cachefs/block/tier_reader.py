@@ -24,12 +24,11 @@ from cachefs import errors
 from cachefs.block import codec, tier_files
 from cachefs.block.faults import Faults
 from cachefs.block.ledger import PAGE_HEADER, PAGE_SIZE
-from cachefs.block.lmdb_env import FORMAT, INDEX, PINNED, file_identity
+from cachefs.block.lmdb_env import file_identity
+from cachefs.block.reader_env import ReaderEnvironment, open_environment
 from cachefs.metrics import Counters
 from cachefs.types import BlockKey, Tier
 
-READER_MAP_BYTES = 1 << 40
-"""LMDB's own map is far larger than the file, so that it never has to follow when the writer's map grows."""
 _RECORD = struct.Struct("<QI")
 
 
@@ -123,33 +122,14 @@ class TierReader:
         self._opened = self._open()
 
     def _open(self) -> _Opened:
-        env: lmdb.Environment | None = None
+        opened: ReaderEnvironment | None = None
         try:
-            identity = file_identity(self.directory)
-            env = lmdb.Environment(
-                self.directory,
-                map_size=READER_MAP_BYTES,
-                readonly=True,
-                create=False,
-                max_dbs=2,
-                max_spare_txns=8,
-                **PINNED,
-            )
-            self._check(env)
-            view = self._map(identity)
-            return _Opened(env, env.open_db(create=False), env.open_db(INDEX, create=False), identity, view)
+            opened = open_environment(self.directory, self._block_size)
+            return _Opened(*opened, self._map(opened.identity))
         except (lmdb.Error, OSError, ValueError) as error:
-            if env is not None:
-                env.close()
+            if opened is not None:
+                opened.env.close()
             raise errors.TierUnavailable(f"the tier in {self.directory} cannot be read: {error}") from error
-
-    def _check(self, env: lmdb.Environment) -> None:
-        state = env.open_db(b"state", create=False)
-        with env.begin(db=state) as txn:
-            found = txn.get(b"format"), txn.get(b"block_size")
-        wanted = found[1] if self._block_size is None else b"%d" % self._block_size
-        if found != (FORMAT, wanted):
-            raise ValueError(f"it has format and block size {found}, not {FORMAT!r} and {wanted!r}")
 
     def _map(self, identity: tuple[int, int]) -> memoryview:
         with open(os.path.join(self.directory, tier_files.DATA_FILE), "rb") as file:

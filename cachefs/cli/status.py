@@ -149,8 +149,8 @@ def describe_agent(path: str, reply: Mapping[str, Any]) -> dict[str, Any]:
 def hit_ratio(worker: Mapping[str, float], agent: Mapping[str, float]) -> dict[str, float | None]:
     """Return the shares that the tiers answered, None where nothing was asked.
 
-    shm: READs of this mount that were answered without the agent; disk: of the blocks that the agent had to get from
-    further away (for all its mounts), those that the disk tier had.
+    shm: READs of this mount that the shm tier answered; disk: of the blocks that had to come from
+    further away (for all mounts of its agent), those that the disk tier had.
     """
     reads, missed = worker.get("fuse_reads", 0), worker.get("read_misses", 0)
     from_disk, from_origin = agent.get("disk_hits", 0), agent.get("origin_fills", 0)

@@ -22,6 +22,7 @@ from cachefs.fuse.channel import Channel
 from cachefs.fuse.errno_map import to_errno
 from cachefs.fuse.kernel_names import KernelNames
 from cachefs.metrics import READ_MISS_SECONDS, READAHEAD_REQUESTS, Counters
+from cachefs.mount.disk_reads import DiskReads, Request
 from cachefs.vfs.filesystem import FileSystem
 from cachefs.vfs.reading import FileView
 
@@ -40,10 +41,19 @@ class Misses:
         self._token = trio.lowlevel.current_trio_token()
         self._counters = counters
         self.channel: Channel | None = None
+        self.disk = DiskReads(filesystem.reads, self.ask_ahead)
 
     def miss(self, unique: int, view: FileView, start: int, end: int) -> None:
         """See `MissSink.miss`."""
         began = time.monotonic()
+        if self.disk.takes(view, start):
+            answer = functools.partial(self._answer, unique, began)
+            self.disk.read(Request(view, start, end, answer, lambda: self._ask(unique, view, start, end, began)))
+        else:
+            self._ask(unique, view, start, end, began)
+
+    def _ask(self, unique: int, view: FileView, start: int, end: int, began: float) -> None:
+        """Ask the agent for the blocks of a READ. Any thread."""
         use = functools.partial(self._answer, unique, began)
         otherwise = functools.partial(self._otherwise, unique, view, start, end, began)
         if not self._filesystem.request_blocks(view, start, end, use, otherwise):
@@ -51,6 +61,13 @@ class Misses:
 
     def readahead(self, view: FileView, first: int, count: int) -> None:
         """See `MissSink.readahead`."""
+        if self._filesystem.reads.disk is None:
+            self.ask_ahead(view, first, count)
+        else:
+            self.disk.wish(view, first, count)
+
+    def ask_ahead(self, view: FileView, first: int, count: int) -> None:
+        """Tell the agent what will be wanted soon. Any thread."""
         self._counters.add(READAHEAD_REQUESTS.name)
         self._filesystem.readahead(view, first, count)
 

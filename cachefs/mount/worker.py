@@ -47,6 +47,7 @@ from cachefs.metrics import (
     Counters,
 )
 from cachefs.mount import ground
+from cachefs.mount.disk_reads import DiskReads
 from cachefs.mount.heartbeat import Heartbeat
 from cachefs.mount.misses import Misses
 from cachefs.mount.wakeup import WakeUpGuard
@@ -151,7 +152,7 @@ class Worker:
             await self._begin(session, filesystem, misses)
             self.report("serving", agent_pid=client.pid or None, version=__version__)
             nursery.start_soon(Heartbeat(self._fds.report, self._config.fuse.hang_timeout_s, self._moves).run)
-            nursery.start_soon(self._report_counters, client, filesystem)
+            nursery.start_soon(self._report_counters, client, filesystem, misses.disk)
             nursery.start_soon(self._seek_tier, self._reads)
 
     def _moves(self) -> bool:
@@ -188,7 +189,9 @@ class Worker:
         """Open the files that an agent offers, or has offered. Raises StorageUnavailable."""
         names = await trio.to_thread.run_sync(MetadataReader, attached.metadata_path)
         shm = await trio.to_thread.run_sync(ground.open_tier, attached, self._counters)
+        disk = await trio.to_thread.run_sync(ground.open_disk, attached, self._counters)
         self._reads = ReadPath(names, shm, attached.endpoint, attached.bucket, attached.block_size)
+        self._reads.disk = disk
         self._kernel_names = KernelNames(self._fds.device, names)
         self._opened.set()
 
@@ -223,12 +226,16 @@ class Worker:
             self._report_agent(attached)
 
     async def _seek_tier(self, reads: ReadPath) -> None:
-        """Look for the shm tier again where it could not be opened (no reader slot, no room for the map)."""
+        """Look for tiers again that could not be opened (no reader slot, no room for the map), and let go of a disk
+        tier that was removed: its room is wanted by others.
+        """
         while True:
             await trio.sleep(SEEK_TIER_S)
-            if reads.blocks is None and self._attached is not None:
+            if reads.disk is not None:
+                await trio.to_thread.run_sync(reads.disk.follow)
+            if (reads.blocks is None or reads.disk is None) and self._attached is not None:
                 async with self._opening:
-                    await trio.to_thread.run_sync(ground.open_missing_tier, reads, self._attached, self._counters)
+                    await trio.to_thread.run_sync(ground.open_missing_tiers, reads, self._attached, self._counters)
 
     def _report_agent(self, attached: messages.Attached) -> None:
         """Say what the next worker may begin with: the agent's files, and the lineage of the kernel's names."""
@@ -267,6 +274,7 @@ class Worker:
             on_unmounted=lambda: token.run_sync_soon(self._unmounted),
         )
         misses.channel = channel
+        misses.disk.start()
         self._watch_over(channel)
         channel.start()
 
@@ -287,7 +295,7 @@ class Worker:
         assert self._nursery is not None
         self._nursery.cancel_scope.cancel()
 
-    async def _report_counters(self, client: AgentClient, filesystem: FileSystem) -> None:
+    async def _report_counters(self, client: AgentClient, filesystem: FileSystem, disk: DiskReads) -> None:
         """Send to the agent what was counted here, when it changed, and which blocks were used."""
         last: dict[str, float] = {}
         while True:
@@ -301,6 +309,9 @@ class Worker:
                 if source is not None and source.touched:
                     touched, source.touched = source.touched, set()
                     client.tell(messages.Touched(keys=list(touched)))
+            hits, hit_bytes, touched = disk.take_counts()
+            if hits:
+                client.tell(messages.Touched(keys=list(touched), disk_hits=hits, disk_hit_bytes=hit_bytes))
 
     def _counts(self, filesystem: FileSystem) -> dict[str, float]:
         """Return the worker's counters: what trio counted, and the plain integers of the hot paths."""

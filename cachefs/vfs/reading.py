@@ -9,11 +9,12 @@ kernel does so inside of it: eviction by the agent can not pull the pages away b
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from cachefs import errors
 from cachefs.block.codec import HEADER_SIZE
+from cachefs.block.disk_reader import DiskReader
 from cachefs.block.tier_reader import TierReader
 from cachefs.prefetch.window import ReadWindow
 from cachefs.types import FileKind, Ino, ObjectId, ObjectVersion, block_key, object_id
@@ -34,16 +35,46 @@ class Snapshot(Protocol):
         ...
 
 
+class BlocksAhead:
+    """Which of the next blocks of a file the disk tier has and the shm tier has not, as far as somebody has looked.
+
+    Written by one thread, read by any: every change is one assignment.
+    """
+
+    __slots__ = ("_first", "_last", "_there")
+
+    KEPT = 256
+    """Blocks behind the newest that are remembered."""
+
+    def __init__(self) -> None:
+        self._there: frozenset[int] = frozenset()
+        self._first = self._last = 0
+
+    def note(self, indexes: range, there: Iterable[int]) -> None:
+        """Somebody has looked for these blocks."""
+        if not self._first <= indexes.start <= self._last:
+            self._there, self._first, self._last = frozenset(), indexes.start, indexes.start  # another place
+        least = max(self._first, indexes.stop - self.KEPT)
+        kept = {index for index in self._there if index >= least and index not in indexes}
+        self._there = frozenset(kept.union(there))
+        self._first, self._last = least, max(self._last, indexes.stop)
+
+    def lacks(self, index: int) -> bool:
+        """Whether somebody has looked for a block and not found it."""
+        return self._first <= index < self._last and index not in self._there
+
+
 class FileView:
     """One file, as reads see it. `size` in bytes, `shift` and `mask` split an offset into block index and rest."""
 
-    __slots__ = ("ino", "oid", "size", "window")
+    __slots__ = ("ino", "oid", "on_disk", "size", "window")
 
     def __init__(self, ino: Ino, oid: ObjectId, size: int) -> None:
         self.ino = ino
         self.oid = oid
         self.size = size
         self.window = ReadWindow()
+        self.on_disk = BlocksAhead()
 
 
 class ReadPath:
@@ -58,6 +89,8 @@ class ReadPath:
     ) -> None:
         self.names = names
         self.blocks = blocks
+        self.disk: DiskReader | None = None
+        """The disk tier, where this process can read it: for threads only."""
         self._endpoint = endpoint
         self._bucket = bucket
         self.block_size = block_size

@@ -268,8 +268,12 @@ def test_the_cache_disk_fills_up_from_outside(narrow_disk_node: Node, bucket: Bu
 def test_a_full_cache_disk_from_the_start(narrow_disk_node: Node, bucket: Bucket, proxy: FaultProxy) -> None:
     bucket.fill(OBJECTS)
     narrow_disk_node.cache_dir.mkdir()
-    fill_up(narrow_disk_node.cache_dir.parent)
-    read_all(mount_objects(narrow_disk_node, bucket, proxy))
+    hog = fill_up(narrow_disk_node.cache_dir.parent)
+    mount = mount_objects(narrow_disk_node, bucket, proxy)
+    read_all(mount)
+    hog.unlink()
+    wait_until(lambda: tier_state(narrow_disk_node, "disk") == "on", 20, "the disk tier begins when there is room")
+    read_all(mount)
 
 
 @pytest.fixture
@@ -309,8 +313,18 @@ def test_a_full_tmpfs_from_the_start(
 ) -> None:
     with make_node(shm_dir=narrow_shm, shm_size="24MiB") as node:
         bucket.fill(OBJECTS)
-        fill_up(narrow_shm)
-        read_all(mount_objects(node, bucket, proxy))
+        hog = fill_up(narrow_shm)
+        mount = mount_objects(node, bucket, proxy)
+        read_all(mount)
+        assert tier_state(node, "shm") == "off"
+        hog.unlink()
+        wait_until(lambda: tier_state(node, "shm") == "on", 20, "the shm tier begins when there is room")
+        assert mount.status()["health"] == "ok"
+        wait_until(lambda: "the shm tier can be read again" in node.full_log(), 20, "the worker finds it")
+        for _ in range(2):
+            read_all(mount)
+        wait_until(lambda: mount.status()["counters"]["shm_hits"] > 0, 5, "it answers")
+        assert len(warnings(node)) <= 6, warnings(node)
 
 
 @pytest.mark.parametrize("sizes", [("0", "64MiB"), ("16MiB", "0"), ("0", "0")], ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,6 +77,12 @@ class Cachefs:
     def roles(self) -> Roles:
         """Supervisor, worker and agent."""
         return self.mounted.roles()
+
+    def has_in_memory(self, name: str) -> bool:
+        """Whether the shm tier has every block of a file."""
+        held = os.getxattr(self.mounted.options.mountpoint / name, "user.cachefs.cached").decode()
+        counts = dict(word.split("=") for word in held.split())
+        return counts["shm"] == counts["blocks"]
 
     def origin_requests(self) -> int | None:
         """Requests that the agent sent to the store."""

@@ -73,6 +73,8 @@ class Attached(Message, frozen=True):
     """What the metadata has in common with its copies: inode numbers of another lineage mean nothing in it."""
     disk_path: str | None = None
     """Directory of the disk tier's LMDB environment; None while the tier is off."""
+    shm_limit_bytes: int = 0
+    """How large the shm tier may become."""
     notices: list[str] = []
     """For the person who mounts: settings that this agent does not follow because another mount started it."""
 

@@ -176,6 +176,7 @@ class _Connection:
             version=__version__,
             shm_path=self._server.shm_path,
             disk_path=self._server.disk_path,
+            shm_limit_bytes=self._server.cache.shm_limit_bytes,
             metadata_path=volume.writer.path,
             volume_id=volume.volume_id,
             endpoint=volume.store.endpoint,

@@ -239,6 +239,11 @@ class BlockCache:
                 tier.touch(known)
 
     @property
+    def shm_limit_bytes(self) -> int:
+        """How large the shm tier may become; 0 while there is none."""
+        return 0 if self._shm is None else self._shm.limit_bytes
+
+    @property
     def quiet(self) -> bool:
         """Whether nothing is under way and nothing waits to be written to the disk tier."""
         return not self._flights and not self._spiller

@@ -159,6 +159,11 @@ class TierReader:
             self._opened = grown
         return grown
 
+    def used_bytes(self) -> int:
+        """Return how much of its file the tier has ever used: as much as it has blocks, or more."""
+        info = self._opened.env.info()
+        return (info["last_pgno"] + 1) * PAGE_SIZE
+
     def payload(self, key: BlockKey) -> bytes | None:
         """Return a checked copy of a block's bytes, or None. Raises CorruptBlock."""
         with self.snapshot() as snapshot:

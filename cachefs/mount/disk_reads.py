@@ -7,7 +7,8 @@ Every block has its thread (index modulo their number), which keeps the block th
 of a reader with O_DIRECT find it there. What turns out not to be on the disk goes the usual way of a miss.
 
 Random reads and files below one block go to the agent, which brings their blocks into the shm tier: those are read
-again, and a block is more than they ask for.
+again, and a block is more than they ask for. So does a block of a sequence when it is read for the second time, as long
+as the shm tier has room that nobody has used yet: a file that is read once, or is larger than that, evicts nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 from cachefs.block.codec import HEADER_SIZE
@@ -25,6 +27,13 @@ log = logging.getLogger(__name__)
 
 THREADS = 4
 """The kernel has four requests of 1 MiB under way for one sequential reader."""
+MAX_SEEN = 1 << 16
+"""Blocks that are remembered to have been read once: 64 GiB of blocks of 1 MiB in about 8 MiB of memory."""
+ON_ITS_WAY_S = 1.0
+"""After this a block has come into the shm tier, or does not come."""
+ROOM = 0.9
+SPARE_BLOCKS = 6
+"""Up to this share of its limit, and to so many blocks below it, the shm tier takes blocks without evicting others."""
 LARGEST_BLOCK = 4 << 20
 """Each thread has memory for one block: with larger ones the agent reads, whose memory has a budget."""
 
@@ -56,13 +65,18 @@ class DiskReads:
         """`ask_ahead` gets the wishes that are for the agent: (file, first block, count)."""
         self._reads = reads
         self._ask_ahead = ask_ahead
-        self._lanes = [_Lane(reads, self.count) for _ in range(THREADS)]
+        self._lanes = [_Lane(reads, self) for _ in range(THREADS)]
         self._wishes: queue.SimpleQueue[tuple[FileView, int, int] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self.hits = self.hit_bytes = 0
         """Blocks (and their bytes) that came from the disk tier, since this was asked last (`take_counts`)."""
-        self._counting = threading.Lock()
+        self._lock = threading.Lock()
+        """Of the counts, and of what was seen."""
         self.touched: set[bytes] = set()
+        self._seen: dict[BlockKey, None] = {}
+        self._promised = 0
+        """What the shm tier uses, with the blocks that are on their way there by our doing."""
+        self._promised_at = 0.0
 
     def start(self) -> None:
         """Begin to take requests."""
@@ -96,15 +110,36 @@ class DiskReads:
 
     def count(self, key: BlockKey, length: int) -> None:
         """A block came from the disk."""
-        with self._counting:
+        with self._lock:
             self.hits += 1
             self.hit_bytes += length
             if len(self.touched) < MAX_TOUCHED:
                 self.touched.add(key)
+            if len(self._seen) >= MAX_SEEN:
+                del self._seen[next(iter(self._seen))]
+            self._seen[key] = None
+
+    def belongs_in_shm(self, key: BlockKey) -> bool:
+        """Whether a block is being read again, and there is room for it. True once, as is whoever brings it there."""
+        reads = self._reads
+        if reads.blocks is None or key not in self._seen:
+            return False
+        used, now = reads.blocks.used_bytes(), time.monotonic()
+        with self._lock:
+            if now > self._promised_at + ON_ITS_WAY_S:
+                self._promised = used
+            self._promised = max(self._promised, used)
+            limit = min(ROOM * reads.shm_limit_bytes, reads.shm_limit_bytes - SPARE_BLOCKS * reads.block_size)
+            if key not in self._seen or self._promised + reads.block_size > limit:
+                return False
+            del self._seen[key]
+            self._promised += reads.block_size
+            self._promised_at = now
+            return True
 
     def take_counts(self) -> tuple[int, int, set[bytes]]:
         """Return blocks, bytes and keys that were counted since the last call."""
-        with self._counting:
+        with self._lock:
             counted = self.hits, self.hit_bytes, self.touched
             self.hits, self.hit_bytes, self.touched = 0, 0, set()
         return counted
@@ -127,9 +162,11 @@ class DiskReads:
         absent: Sequence[int] = wanted
         if disk is not None and wanted:
             disk.follow()
-            there = disk.expect([block_key(view.oid, index) for index in wanted])
-            absent = [index for index, found in zip(wanted, there, strict=True) if not found]
-            view.on_disk.note(range(first, last), set(wanted).difference(absent))
+            once = [index for index in wanted if not self.belongs_in_shm(block_key(view.oid, index))]
+            there = disk.expect([block_key(view.oid, index) for index in once])
+            found = {index for index, is_there in zip(once, there, strict=True) if is_there}
+            absent = [index for index in wanted if index not in found]
+            view.on_disk.note(range(first, last), found)
         for start, length in _runs(absent):
             self._ask_ahead(view, start, length)
 
@@ -144,10 +181,10 @@ class DiskReads:
 class _Lane:
     """One thread with memory for one block."""
 
-    def __init__(self, reads: ReadPath, count: Callable[[BlockKey, int], None]) -> None:
+    def __init__(self, reads: ReadPath, owner: DiskReads) -> None:
         self.queue: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._reads = reads
-        self._count = count
+        self._owner = owner
         self._memory = memoryview(b"")
         self._key = BlockKey(b"")
         self._block: memoryview | None = None
@@ -180,6 +217,8 @@ class _Lane:
                 return None
             piece = block[at & reads.mask : (at & reads.mask) + limit - at]
             at = limit
+            if not at & reads.mask or at == view.size:
+                self._key = BlockKey(b"")  # read to its end: whoever wants it now reads it again
             slices.append(piece if at == request.end else memoryview(bytes(piece)))  # the next one takes its place
         return slices
 
@@ -188,7 +227,7 @@ class _Lane:
         if key == self._key and self._block is not None:
             return self._block
         disk = self._reads.disk
-        if disk is None:
+        if disk is None or self._owner.belongs_in_shm(key):
             return None
         if not self._memory:
             self._memory = memoryview(bytearray(HEADER_SIZE + self._reads.block_size))
@@ -196,7 +235,7 @@ class _Lane:
         self._block = disk.read(key, length, self._memory)
         self._key = key
         if self._block is not None:
-            self._count(key, length)
+            self._owner.count(key, length)
         return self._block
 
 

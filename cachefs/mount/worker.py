@@ -219,6 +219,8 @@ class Worker:
                 if self._channel is not None:
                     self._channel.forget_listings()
             self._attached = attached
+            assert self._reads is not None
+            self._reads.shm_limit_bytes = attached.shm_limit_bytes
         if renewed and self._kernel_names is not None:
             log.warning("the metadata begins anew: the kernel has to look up every name again")
             await self._kernel_names.let_go_of_all()

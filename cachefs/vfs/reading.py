@@ -91,6 +91,8 @@ class ReadPath:
         self.blocks = blocks
         self.disk: DiskReader | None = None
         """The disk tier, where this process can read it: for threads only."""
+        self.shm_limit_bytes = 0
+        """How large the shm tier may become."""
         self._endpoint = endpoint
         self._bucket = bucket
         self.block_size = block_size

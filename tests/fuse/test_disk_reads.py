@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fuse.agent_rig import no_agent_can_start
 from tests.fuse.reading import reading
 from tests.support.fault_proxy import FaultProxy
 from tests.support.machine import wait_until
@@ -60,13 +61,40 @@ def tiers(mount: Mount) -> dict[str, dict[str, int]]:
     return found
 
 
-def test_r7_what_is_read_in_sequence_does_not_pass_through_the_shm_tier(mount: Mount, proxy: FaultProxy) -> None:
-    for _ in range(2):
-        read_again(mount)
-    wait_until(lambda: tiers(mount)["disk"]["hits"] >= 2 * 25 - 2, 5, "the hits are counted")
-    assert tiers(mount)["shm"]["blocks"] <= 2, "the rest of it keeps its room"
+def test_r7_what_is_read_again_comes_into_the_shm_tier(mount: Mount, proxy: FaultProxy) -> None:
+    read_again(mount)
+    wait_until(lambda: tiers(mount)["disk"]["hits"] >= 24, 5, "the hits are counted")
+    assert tiers(mount)["shm"]["blocks"] <= 2
+    read_again(mount)
+    wait_until(lambda: tiers(mount)["shm"]["blocks"] >= 24, 5, "what was read twice is there")
+    hits = tiers(mount)["disk"]["hits"]
+    read_again(mount)
+    time.sleep(1.2)
+    assert tiers(mount)["disk"]["hits"] <= hits + 2
     assert proxy.count("get") == 0
     assert mount.status()["health"] == "ok"
+
+
+def test_r7_what_is_larger_than_the_shm_tier_evicts_nothing_there(
+    make_node: Callable[..., Node], bucket: Bucket, proxy: FaultProxy
+) -> None:
+    node = make_node(idle_timeout="30s", shm_size="16MiB")
+    bucket.put("large", BODY)
+    bucket.put("small", BODY[:50_000])
+    first = mount_it(node, bucket, proxy)
+    assert (first.path / "large").read_bytes() == BODY
+    assert (first.path / "small").read_bytes() == BODY[:50_000]
+    first.umount()
+    node.stop_agent()
+    mount = mount_it(node, bucket, proxy)
+    proxy.forget()
+    assert (mount.path / "small").read_bytes() == BODY[:50_000]
+    for _ in range(4):
+        read_again(mount)
+    wait_until(lambda: tiers(mount)["disk"]["hits"] >= 24 + 3 * 12, 5, "the hits are counted")
+    assert tiers(mount)["shm"]["evictions"] == 0
+    assert tiers(mount)["shm"]["blocks"] > 0
+    assert proxy.count("get") == 0
 
 
 def test_r7_random_reads_and_small_files_come_into_the_shm_tier(mount: Mount, proxy: FaultProxy) -> None:
@@ -121,10 +149,12 @@ def test_a_file_half_of_which_was_evicted(make_node: Callable[..., Node], bucket
     assert 0 < proxy.count("get") <= 17
 
 
-def test_no_agent_is_needed(mount: Mount, proxy: FaultProxy) -> None:
-    read_again(mount)
-    mount.node.kill_agent()
-    read_again(mount)
+def test_r7_no_agent_is_needed(mount: Mount, proxy: FaultProxy) -> None:
+    os.stat(mount.path / "large")
+    with no_agent_can_start(mount.node):
+        mount.node.kill_agent()
+        read_again(mount)
+        assert not mount.node.processes("agent")
     assert proxy.count("get") == 0
 
 

@@ -201,6 +201,9 @@ class Shm:
     def get(self, name: BlockKey) -> bytes | None:
         return b"there" if name in self._held else None
 
+    def used_bytes(self) -> int:
+        return 0
+
 
 class Rig:
     """The threads of a worker on a disk tier, and what they do with requests."""
@@ -266,6 +269,31 @@ def test_what_is_not_on_the_disk_goes_on_to_the_agent(directory: Path) -> None:
         rig.reads.disk = None
         assert rig.read(rig.view(), 2 * BLOCK, 3 * BLOCK) is None, "the tier was switched off"
         disk.close()
+
+
+def test_what_is_read_again_goes_to_the_agent_while_the_shm_tier_has_room(tier: DiskReader) -> None:
+    with Rig(tier, Shm(set())) as rig:
+        view = rig.view()
+        rig.reads.shm_limit_bytes = 20 * BLOCK
+        for index in range(8):
+            assert rig.read(view, index * BLOCK, (index + 1) * BLOCK) == payload(index)
+        assert rig.read(view, 2 * BLOCK, 3 * BLOCK) is None
+        assert rig.read(view, 2 * BLOCK, 3 * BLOCK) == payload(2), "the agent did not keep it: once more"
+        rig.disk_reads.wish(view, 0, 10)
+        assert rig.asked.get(timeout=10) == (0, 8)
+        assert [view.on_disk.lacks(index) for index in (0, 7, 8, 9)] == [True, True, False, False]
+
+
+def test_no_more_is_brought_into_the_shm_tier_than_fits(tier: DiskReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Rig(tier, Shm(set())) as rig:
+        rig.reads.shm_limit_bytes = 11 * BLOCK
+        view = rig.view()
+        assert rig.read(view, 0, 10 * BLOCK) == BODY[: 10 * BLOCK]
+        rig.disk_reads.wish(view, 0, 10)
+        assert rig.asked.get(timeout=10) == (0, 5), "they are not there yet, and yet they count"
+        assert rig.read(view, 8 * BLOCK, 9 * BLOCK) == payload(8)
+        monkeypatch.setattr("cachefs.mount.disk_reads.ON_ITS_WAY_S", 0.0)
+        assert rig.read(view, 7 * BLOCK, 8 * BLOCK) is None, "they did not come"
 
 
 def test_an_answer_that_fails_is_not_lost(tier: DiskReader) -> None:

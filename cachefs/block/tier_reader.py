@@ -16,6 +16,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from collections.abc import Callable
 from typing import NamedTuple
 
 import lmdb
@@ -30,6 +31,7 @@ from cachefs.metrics import Counters
 from cachefs.types import BlockKey, Tier
 
 _RECORD = struct.Struct("<QI")
+_unpack = _RECORD.unpack
 
 
 class _Opened(NamedTuple):
@@ -62,6 +64,10 @@ class Snapshot:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._txn.abort()
+
+    def end(self) -> None:
+        """The same as leaving the `with` block."""
         self._txn.abort()
 
     def get(self, key: bytes) -> memoryview | None:
@@ -98,6 +104,9 @@ class _NoSnapshot(Snapshot):
 
     def __exit__(self, *exc: object) -> None:
         """It has nothing to end."""
+
+    def end(self) -> None:
+        """The same."""
 
     def get(self, key: bytes) -> memoryview | None:
         """Return None for every key."""
@@ -146,6 +155,43 @@ class TierReader:
         except errors.TierUnavailable as error:
             self.faults.fault(error)
             return _NOTHING
+
+    def find(self, key: bytes, start: int, size: int) -> tuple[memoryview, Callable[[], object]] | None:
+        """Return `size` bytes of a stored value from `start` on, and what to call when they have been used; None when
+        they are not there, or not to be had without more ado. Never raises.
+
+        `snapshot` and `get` in one: every call counts where a read of 4 KiB takes 10 us.
+        """
+        opened = self._opened
+        try:
+            txn = opened.env.begin(opened.places, None, False, True)
+        except lmdb.Error as error:
+            self.faults.fault(errors.TierUnavailable(f"no read transaction: {error}"))
+            return None
+        try:
+            record = txn.get(key)
+            if record is None:
+                txn.abort()
+                return None
+            page, length = _unpack(record)
+            first = page * PAGE_SIZE + PAGE_HEADER + start
+            if page and start + size <= length:
+                piece = opened.view[first : first + size]
+                if len(piece) == size:
+                    return piece, txn.abort
+        except (lmdb.Error, struct.error):
+            pass
+        txn.abort()
+        return self._find_with_care(key, start, size)
+
+    def _find_with_care(self, key: bytes, start: int, size: int) -> tuple[memoryview, Callable[[], object]] | None:
+        """The same where the file has grown, the value is short, or something is wrong."""
+        snapshot = self.snapshot()
+        value = snapshot.get(key)
+        if value is not None and start + size <= len(value):
+            return value[start : start + size], snapshot.end
+        snapshot.end()
+        return None
 
     def follow(self, opened: _Opened) -> _Opened:
         """Map the whole of a file that has grown; returns `opened` as it is when its file is not there any more."""

@@ -49,6 +49,7 @@ from cachefs.fuse.protocol import (
     Opcode,
     error_reply,
 )
+from cachefs.prefetch.window import PROOF
 from cachefs.types import Ino
 from cachefs.vfs.filesystem import XATTR_PREFIX, FileSystem
 from cachefs.vfs.reading import MAX_TOUCHED, FileView
@@ -56,7 +57,9 @@ from cachefs.vfs.reading import MAX_TOUCHED, FileView
 log = logging.getLogger(__name__)
 
 BUFFER_BYTES = (1 << 20) + (64 << 10)
-_INDEX = struct.Struct(">I")
+_pack_index = struct.Struct(">I").pack
+_pack_out = OUT_HEADER.pack
+_unpack_read = READ_IN.unpack_from
 _GONE = frozenset({errno.ENOENT, errno.EINTR})
 """write(2) on the device: nobody waits for that answer any more."""
 
@@ -170,7 +173,7 @@ class Channel:
                 self._write(error_reply(unique, to_errno(error, f"request {opcode}")))
 
     def _read(self, unique: int, ino: int, message: memoryview, n: int) -> None:
-        _, offset, size = READ_IN.unpack_from(message, IN_HEADER_SIZE)
+        _, offset, size = _unpack_read(message, IN_HEADER_SIZE)
         reads = self._reads
         view = reads.views_by_ino.get(ino)
         if view is None:
@@ -181,37 +184,46 @@ class Channel:
             if end <= offset:
                 self._write(OUT_HEADER.pack(OUT_HEADER_SIZE, 0, unique))
                 return
-        ask = view.window.note(offset, end - offset, view.size)
-        if ask is not None:
-            self._wish(view, ask)
+        size = end - offset
+        if view.size > PROOF:  # no sequence is seen in less
+            ask = view.window.note(offset, size, view.size)
+            if ask is not None:
+                self._wish(view, ask)
         blocks = reads.blocks
         if blocks is not None:
-            with blocks.snapshot() as snapshot:
-                shift = reads.shift
-                index = offset >> shift
-                if index == (end - 1) >> shift:  # by far the most common: one block
-                    key = view.oid + _INDEX.pack(index)
-                    stored = snapshot.get(key)
-                    if stored is not None:
-                        start = HEADER_SIZE + (offset & reads.mask)
-                        piece = stored[start : start + end - offset]
-                        if len(piece) == end - offset:
-                            self._send(unique, (OUT_HEADER.pack(OUT_HEADER_SIZE + end - offset, 0, unique), piece))
-                            self.hits += 1
-                            self.hit_bytes += end - offset
-                            if len(self.touched) < MAX_TOUCHED:
-                                self.touched.add(key)
-                            return
-                else:
-                    slices = reads.views(snapshot, view, offset, end)
-                    if slices is not None:
-                        self._send(unique, (OUT_HEADER.pack(OUT_HEADER_SIZE + end - offset, 0, unique), *slices))
-                        self.hits += 1
-                        self.hit_bytes += end - offset
-                        return
+            shift = reads.shift
+            index = offset >> shift
+            if index == (end - 1) >> shift:  # by far the most common: one block
+                key = view.oid + _pack_index(index)
+                found = blocks.find(key, HEADER_SIZE + (offset & reads.mask), size)
+                if found is not None:
+                    piece, close = found
+                    try:
+                        self._send(unique, (_pack_out(OUT_HEADER_SIZE + size, 0, unique), piece))
+                    finally:
+                        close()
+                    self.hits += 1
+                    self.hit_bytes += size
+                    if len(self.touched) < MAX_TOUCHED:
+                        self.touched.add(key)
+                    return
+            elif self._answer_several(unique, view, offset, end):
+                return
         self.misses += 1
         self.interrupts.waits(unique, IN_PID.unpack_from(message, IN_PID_OFFSET)[0])
         self._sink.miss(unique, view, offset, end)
+
+    def _answer_several(self, unique: int, view: FileView, offset: int, end: int) -> bool:
+        """Answer a READ that lies in more than one block, if all of them are in the shm tier."""
+        assert self._reads.blocks is not None
+        with self._reads.blocks.snapshot() as snapshot:
+            slices = self._reads.views(snapshot, view, offset, end)
+            if slices is None:
+                return False
+            self._send(unique, (OUT_HEADER.pack(OUT_HEADER_SIZE + end - offset, 0, unique), *slices))
+        self.hits += 1
+        self.hit_bytes += end - offset
+        return True
 
     def _wish(self, view: FileView, ask: tuple[int, int]) -> None:
         first = ask[0] >> self._reads.shift

@@ -18,8 +18,12 @@ class CrashHistory:
     def record(self, now_s: float) -> float | None:
         """Note a crash; return how long to wait before the restart, or None when there were too many."""
         self._times.append(now_s)
-        recent = sum(1 for time_s in self._times if now_s - time_s < WINDOW_S)
+        recent = self.recent(now_s)
         return BACKOFF_S[recent - 1] if recent <= len(BACKOFF_S) else None
+
+    def recent(self, now_s: float) -> int:
+        """Return how many crashes there were in the last minute."""
+        return sum(1 for time_s in self._times if now_s - time_s < WINDOW_S)
 
     def clear(self) -> None:
         """Forget all: a person has stepped in."""

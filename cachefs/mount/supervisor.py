@@ -175,6 +175,7 @@ class Supervisor:
         extra = {
             "init": self._device.init.hex(),
             "first": not self._init_answered,
+            "crashes": self._crashes.recent(time.monotonic()),
             "attached": attached,
             "connection": self._device.connection,
             "supervisor_pid": os.getpid(),

@@ -67,6 +67,8 @@ HEAD_START_S = 1.0
 """How long an agent may take to answer before a worker that knows its predecessor's files opens them unasked. An agent
 has looked at them first, and starts in half of this.
 """
+WARY_CRASHES = 3
+"""After so many crashes within a minute a worker does not read the disk tier itself."""
 NOTHING_TO_READ_S = 10.0
 """How long it waits for an agent when it cannot open them. Five such workers are the failed state: no reader hangs."""
 
@@ -89,6 +91,7 @@ class Worker:
         self._plan = plan
         self._config: Config = from_plain(Config, plan["config"])
         self._environment = environment
+        self._wary = int(plan.get("crashes", 0)) >= WARY_CRASHES
         self._counters = Counters()
         self._reads: ReadPath | None = None
         self._attached: messages.Attached | None = None
@@ -187,6 +190,7 @@ class Worker:
 
     async def _open(self, attached: messages.Attached) -> None:
         """Open the files that an agent offers, or has offered. Raises StorageUnavailable."""
+        attached = self._trusted(attached)
         names = await trio.to_thread.run_sync(MetadataReader, attached.metadata_path)
         shm = await trio.to_thread.run_sync(ground.open_tier, attached, self._counters)
         disk = await trio.to_thread.run_sync(ground.open_disk, attached, self._counters)
@@ -201,6 +205,7 @@ class Worker:
         Raises MountError when the agent was started again with settings under which this worker would read wrong
         bytes (blocks of another size) or nothing (metadata elsewhere): the next worker begins with them.
         """
+        attached = self._trusted(attached)
         self._lineage = self._lineage or attached.lineage
         renewed = attached.lineage != self._lineage
         self._report_agent(attached)
@@ -226,6 +231,13 @@ class Worker:
             await self._kernel_names.let_go_of_all()
             self._lineage = attached.lineage
             self._report_agent(attached)
+
+    def _trusted(self, attached: messages.Attached) -> messages.Attached:
+        """Leave the disk to the agent after crashes: a device that cannot read a page of LMDB's map is a crash."""
+        if self._wary and attached.disk_path is not None:
+            log.warning("workers crashed: this one leaves the disk tier to the agent")
+            return msgspec.structs.replace(attached, disk_path=None)
+        return attached
 
     async def _seek_tier(self, reads: ReadPath) -> None:
         """Look for tiers again that could not be opened (no reader slot, no room for the map), and let go of a disk

@@ -167,6 +167,15 @@ def test_r7_killed_processes_are_not_noticed(mount: Mount) -> None:
     assert reader.outcome["files"] > 0
 
 
+def test_after_crashes_the_disk_is_left_to_the_agent(mount: Mount, proxy: FaultProxy) -> None:
+    for _ in range(3):
+        mount.wait_for_worker(other_than=mount.kill_worker())
+    read_again(mount)
+    assert "this one leaves the disk tier to the agent" in mount.node.full_log()
+    assert tiers(mount)["shm"]["blocks"] >= 24
+    assert proxy.count("get") == 0
+
+
 # -- a disk tier that is not what it was ------------------------------------------------------------------------------
 
 

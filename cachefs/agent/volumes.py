@@ -213,6 +213,11 @@ class Volumes:
         volume_id = _volume_id(store, source.prefix, rules)
         async with self._opening:
             volume = self.by_id.get(volume_id)
+            if volume is not None and not volume.mounts and await self._housework(_is_gone, volume):
+                log.warning("the metadata of %s was removed: it begins anew", s3.source)
+                del self.by_id[volume_id]
+                await self._housework(volume.writer.close)
+                volume = None
             if volume is None:
                 volume = await self._open(volume_id, s3.source, source.prefix, store, rules)
                 volume.mounted_at_s = mounted_at_s
@@ -315,6 +320,11 @@ class Volumes:
         for volume in self.by_id.values():
             volume.store.close()
             volume.writer.close()
+
+
+def _is_gone(volume: Volume) -> bool:
+    """Whether somebody has removed the files of a volume (the whole cache directory, most likely)."""
+    return not custody.occupied(volume.writer.path)
 
 
 def _size(count: int) -> str:

@@ -226,6 +226,24 @@ def test_the_cache_directory_vanishes_while_mounted(node: Node, bucket: Bucket, 
     assert (mount.path / "new").exists() is False or (mount.path / "new").read_bytes() == b"new"
 
 
+def test_the_cache_directory_is_removed_between_two_mounts(
+    make_node: Callable[..., Node], bucket: Bucket, proxy: FaultProxy
+) -> None:
+    """The agent that is still there begins anew."""
+    node = make_node(idle_timeout="30s")
+    bucket.fill(OBJECTS)
+    first = mount_objects(node, bucket, proxy)
+    read_all(first)
+    first.umount()
+    agent = node.agent_pid
+    shutil.rmtree(node.cache_dir)
+    mount = mount_objects(node, bucket, proxy)
+    read_all(mount)
+    assert node.agent_pid == agent
+    wait_until(lambda: tier_state(node, "disk") == "on", 20, "the disk tier begins anew")
+    wait_until(lambda: mount.status()["health"] == "ok", 10, "all is well again")
+
+
 # -- no room ----------------------------------------------------------------------------------------------------------
 
 

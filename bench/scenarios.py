@@ -90,8 +90,6 @@ class Visit:
         self._mounted = False
         self._loaded: set[str] = set()
         """Which parts of the data set the present mount has read."""
-        self._readings = 0
-        """Of the large file, to bring it into the memory tier of the present mount."""
 
     # -- the states ---------------------------------------------------------------------------------------------------
 
@@ -277,7 +275,6 @@ class Visit:
             self._root = self.system.mount()
             self._mounted = True
             self._loaded.clear()
-            self._readings = 0
 
     def umount(self) -> None:
         """Unmount; nothing but the disk cache survives."""
@@ -293,10 +290,11 @@ class Visit:
     def load_into_memory(self, part: str) -> None:
         """The same, until the memory tier has it."""
         self.load(part)
+        readings = 0
         while part == "large" and isinstance(self.system, Cachefs) and not self.system.has_in_memory(LARGE_NAME):
-            if self._readings > MOST_READINGS:
+            if readings > MOST_READINGS:
                 raise ScenarioFailed("the large file does not come into the shm tier")
-            self._readings += 1
+            readings += 1
             machine.drop_page_cache()
             self.large()
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 import os
-import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -27,7 +26,7 @@ from cachefs.block import codec, tier_files
 from cachefs.block.faults import Faults
 from cachefs.block.gate import Gate
 from cachefs.block.ledger import PAGE_HEADER, PAGE_SIZE
-from cachefs.block.lmdb_env import file_identity
+from cachefs.block.lmdb_env import RECORD, file_identity
 from cachefs.block.reader_env import ReaderEnvironment, open_environment
 from cachefs.metrics import Counters
 from cachefs.types import BlockKey, Tier
@@ -38,7 +37,6 @@ WILLNEED_BYTES = 128 << 10
 """Of longer pieces the kernel reads only the beginning (mm/readahead.c, force_page_cache_ra: a device's largest request
 or its read-ahead, whichever is more).
 """
-_RECORD = struct.Struct("<QI")
 
 
 class _Opened(NamedTuple):
@@ -175,9 +173,9 @@ class DiskReader:
 
 def _place(record: bytes | None) -> tuple[int, int] | None:
     """Return offset (0: it is so short that it lies within LMDB's tree) and length of a stored value, or None."""
-    if record is None or len(record) != _RECORD.size:
+    if record is None or len(record) != RECORD.size:
         return None
-    page, length = _RECORD.unpack(record)
+    page, length = RECORD.unpack(record)
     return (page * PAGE_SIZE + PAGE_HEADER if page else 0), length
 
 

@@ -37,7 +37,8 @@ KEY_SIZE = 20
 INDEX = b"index"
 MAX_READERS = 500
 LEAST_ALIGNED = 32 * HUGE_PAGE
-_INDEX = struct.Struct("<QI")
+RECORD = struct.Struct("<QI")
+"""A record of the index: first page (0: the value is no piece of its own), length of the value."""
 PINNED: dict[str, Any] = {"lib_version": 0} if hasattr(lmdb.Environment, "lib_version") else {}
 """lmdb 3 can write two file formats; this is the one that every version reads."""
 _DAMAGE = (
@@ -175,15 +176,15 @@ class BlockEnvironment:
         """Yield every block's key and the length of its value. Raises CorruptBlock."""
         with _translated("the index cannot be read"), self._env.begin(db=self._index) as txn:
             for key, record in txn.cursor():
-                if len(key) != KEY_SIZE or len(record) != _INDEX.size:
+                if len(key) != KEY_SIZE or len(record) != RECORD.size:
                     raise errors.CorruptBlock("its index has a foreign record")
-                yield BlockKey(bytes(key)), _INDEX.unpack(record)[1]
+                yield BlockKey(bytes(key)), RECORD.unpack(record)[1]
 
     def length(self, key: BlockKey) -> int | None:
         """Return the length of a block's value, or None."""
         with _translated("the index cannot be read"), self._env.begin(db=self._index) as txn:
             record = txn.get(key)
-            return None if record is None or len(record) != _INDEX.size else int(_INDEX.unpack(record)[1])
+            return None if record is None or len(record) != RECORD.size else int(RECORD.unpack(record)[1])
 
     def extents(self, keys: Iterable[BlockKey]) -> list[tuple[int, int]]:
         """Return (offset, length) of the pages in the file that belong to one of these values and to nothing else."""
@@ -191,7 +192,7 @@ class BlockEnvironment:
         with _translated("the index cannot be read"), self._env.begin(db=self._index) as txn:
             for key in keys:
                 record = txn.get(key)
-                page, length = (0, 0) if record is None or len(record) != _INDEX.size else _INDEX.unpack(record)
+                page, length = (0, 0) if record is None or len(record) != RECORD.size else RECORD.unpack(record)
                 if page:
                     found.append((page * PAGE_SIZE, value_pages(length) * PAGE_SIZE))
         return found
@@ -204,9 +205,9 @@ class BlockEnvironment:
         self._check_length()
         with _translated(f"block {key.hex()} cannot be read"), self._env.begin(buffers=True) as txn:
             record = txn.get(key, db=self._index)
-            if record is None or len(record) != _INDEX.size:
+            if record is None or len(record) != RECORD.size:
                 return None
-            page, length = _INDEX.unpack(record)
+            page, length = RECORD.unpack(record)
             if page:
                 start = page * PAGE_SIZE + PAGE_HEADER
                 if place is None or len(place) < length:
@@ -233,7 +234,7 @@ class BlockEnvironment:
                     stored = txn.get(key)
                     page = first_page(stored, last_page) if stored is not None else 0
                     del stored
-                txn.put(key, _INDEX.pack(page, len(value)), db=self._index)
+                txn.put(key, RECORD.pack(page, len(value)), db=self._index)
         self._known_end = self.end
 
     def delete(self, keys: Sequence[BlockKey]) -> list[tuple[BlockKey, int]]:
@@ -245,7 +246,7 @@ class BlockEnvironment:
                 record = txn.pop(key, db=self._index)
                 txn.delete(key)
                 if record is not None:
-                    gone.append((key, _INDEX.unpack(record)[1]))
+                    gone.append((key, RECORD.unpack(record)[1]))
         self._known_end = self.end
         return gone
 

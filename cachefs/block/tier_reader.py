@@ -25,13 +25,12 @@ from cachefs import errors
 from cachefs.block import codec, tier_files
 from cachefs.block.faults import Faults
 from cachefs.block.ledger import PAGE_HEADER, PAGE_SIZE
-from cachefs.block.lmdb_env import file_identity
+from cachefs.block.lmdb_env import RECORD, file_identity
 from cachefs.block.reader_env import ReaderEnvironment, open_environment
 from cachefs.metrics import Counters
 from cachefs.types import BlockKey, Tier
 
-_RECORD = struct.Struct("<QI")
-_unpack = _RECORD.unpack
+_unpack = RECORD.unpack
 
 
 class _Opened(NamedTuple):
@@ -64,7 +63,7 @@ class Snapshot:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._txn.abort()
+        self.end()
 
     def end(self) -> None:
         """The same as leaving the `with` block."""
@@ -79,7 +78,7 @@ class Snapshot:
             record = self._txn.get(key)
             if record is None:
                 return None
-            page, length = _RECORD.unpack(record)
+            page, length = _unpack(record)
             start = page * PAGE_SIZE + PAGE_HEADER
             view = self._opened.view
             if page and start + length <= len(view):
@@ -102,11 +101,8 @@ class _NoSnapshot(Snapshot):
     def __init__(self) -> None:
         """It has nothing to open."""
 
-    def __exit__(self, *exc: object) -> None:
-        """It has nothing to end."""
-
     def end(self) -> None:
-        """The same."""
+        """It has nothing to end."""
 
     def get(self, key: bytes) -> memoryview | None:
         """Return None for every key."""

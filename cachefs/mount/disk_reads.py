@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from cachefs.block.codec import HEADER_SIZE
+from cachefs.block.disk_reader import DiskReader
 from cachefs.types import BlockKey, block_count, block_key
 from cachefs.vfs.reading import MAX_TOUCHED, FileView, ReadPath
 
@@ -97,7 +98,12 @@ class DiskReads:
         """Whether a READ that the shm tier cannot answer is for us: part of a sequence, and maybe on the disk."""
         if not view.window.window or view.on_disk.lacks(start >> self._reads.shift):
             return False
-        return self._reads.disk is not None and self._reads.block_size <= LARGEST_BLOCK
+        return self.tier is not None
+
+    @property
+    def tier(self) -> DiskReader | None:
+        """The disk tier, if this worker reads it."""
+        return self._reads.disk if self._reads.block_size <= LARGEST_BLOCK else None
 
     def read(self, request: Request) -> None:
         """Answer a READ."""
@@ -158,7 +164,7 @@ class DiskReads:
         """Blocks in the shm tier are near enough, those on the disk are asked of the device, others of the agent."""
         last = min(first + count, block_count(view.size, self._reads.block_size))
         wanted = self._not_in_shm(view, range(first, last))
-        disk = self._reads.disk
+        disk = self.tier
         absent: Sequence[int] = wanted
         if disk is not None and wanted:
             disk.follow()

@@ -61,7 +61,7 @@ class Misses:
 
     def readahead(self, view: FileView, first: int, count: int) -> None:
         """See `MissSink.readahead`."""
-        if self._filesystem.reads.disk is None:
+        if self.disk.tier is None:
             self.ask_ahead(view, first, count)
         else:
             self.disk.wish(view, first, count)

@@ -26,7 +26,11 @@ BODY = content("large", 24 * MIB + 77)
 @pytest.fixture
 def mount(make_node: Callable[..., Node], bucket: Bucket, proxy: FaultProxy) -> Mount:
     """A mount of a file that is in the disk tier whole, and nowhere else."""
-    node = make_node(idle_timeout="30s")
+    return mount_on_disk(make_node(idle_timeout="30s"), bucket, proxy)
+
+
+def mount_on_disk(node: Node, bucket: Bucket, proxy: FaultProxy) -> Mount:
+    """Mount files that are in the disk tier whole, and nowhere else."""
     bucket.put("large", BODY)
     bucket.put("small", BODY[:50_000])
     first = mount_it(node, bucket, proxy)
@@ -78,16 +82,7 @@ def test_r7_what_is_read_again_comes_into_the_shm_tier(mount: Mount, proxy: Faul
 def test_r7_what_is_larger_than_the_shm_tier_evicts_nothing_there(
     make_node: Callable[..., Node], bucket: Bucket, proxy: FaultProxy
 ) -> None:
-    node = make_node(idle_timeout="30s", shm_size="16MiB")
-    bucket.put("large", BODY)
-    bucket.put("small", BODY[:50_000])
-    first = mount_it(node, bucket, proxy)
-    assert (first.path / "large").read_bytes() == BODY
-    assert (first.path / "small").read_bytes() == BODY[:50_000]
-    first.umount()
-    node.stop_agent()
-    mount = mount_it(node, bucket, proxy)
-    proxy.forget()
+    mount = mount_on_disk(make_node(idle_timeout="30s", shm_size="16MiB"), bucket, proxy)
     assert (mount.path / "small").read_bytes() == BODY[:50_000]
     for _ in range(4):
         read_again(mount)
@@ -154,7 +149,8 @@ def test_r7_no_agent_is_needed(mount: Mount, proxy: FaultProxy) -> None:
     with no_agent_can_start(mount.node):
         mount.node.kill_agent()
         read_again(mount)
-        assert not mount.node.processes("agent")
+        # one that is being started, and finds that it cannot, may be a process at this moment
+        assert not [agent for agent in mount.node.status()["agents"] if agent["agent_pid"] is not None]
     assert proxy.count("get") == 0
 
 

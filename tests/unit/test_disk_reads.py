@@ -347,6 +347,8 @@ def test_only_sequences_of_files_that_may_be_on_the_disk_go_there(tier: DiskRead
         assert not rig.disk_reads.takes(FileView(Ino(8), OID, SIZE), 0), "nobody reads it in sequence"
         rig.reads.block_size = 2 * LARGEST_BLOCK
         assert not rig.disk_reads.takes(view, 0), "the threads have no memory for that"
+        rig.disk_reads.wish(view, 0, 1)
+        assert rig.asked.get(timeout=10) == (0, 1), "so the agent has to read ahead"
         rig.reads.block_size = BLOCK
         rig.reads.disk = None
         assert not rig.disk_reads.takes(view, 0)

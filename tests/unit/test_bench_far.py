@@ -3,12 +3,14 @@
 The tests themselves stay on the loopback interface: whatever uses the link is a process of its own.
 """
 
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,14 @@ with FarLink() as link, S3Server(sys.argv[1], address=link.address, enter=link.e
 def devices() -> set[str]:
     """The network devices of this machine."""
     return set(os.listdir("/sys/class/net"))
+
+
+@pytest.fixture(autouse=True)
+def _one_at_a_time() -> Iterator[None]:
+    """These tests count the devices of the machine, and two processes run tests of this checkout."""
+    with Path(__file__).open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @needs_link

@@ -78,6 +78,7 @@ def test_others_fill_the_disk(make_node: Callable[..., Node], disk: Path, origin
     (origin / "later" / "one").write_bytes(b"1")
     mount = node.mount(f"file://{origin}")
     read_big(mount)
+    wait_until(lambda: int(str(disk_tier(node)["used_bytes"])) > 30 * MIB, 30, "there is something to give back")
     hog = fill_up(disk)
     list_all(mount)
     read_big(mount)

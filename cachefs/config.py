@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import ipaddress
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,9 +52,15 @@ class LogFormat(enum.StrEnum):
     JSON = "json"
 
 
-def setting(default: Any, text: str, *, unit: str = "", metavar: str = "", hidden: bool = False) -> Any:
-    """Declare one setting: its default, its help text and how it is written (`unit`: "bytes", "duration" or "")."""
-    return field(default=default, metadata={"help": text, "unit": unit, "metavar": metavar, "hidden": hidden})
+def setting(
+    default: Any, text: str, *, unit: str = "", metavar: str = "", hidden: bool = False, many: bool = False
+) -> Any:
+    """Declare one setting: its default, its help text and how it is written (`unit`: "bytes", "duration" or "").
+
+    `many`: the option may be repeated; the value is one text with commas between.
+    """
+    described = {"help": text, "unit": unit, "metavar": metavar, "hidden": hidden, "many": many}
+    return field(default=default, metadata=described)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +174,51 @@ class FuseConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PeerConfig:
+    """Other nodes that share their caches with this one. Settings of the agent, as those of the cache."""
+
+    etcd: str = setting(
+        "",
+        "Address of the etcd through which nodes find each other, as http(s)://HOST:PORT; may be repeated, or several "
+        "with commas between (empty: this node is alone).",
+        metavar="URL",
+        many=True,
+    )
+    etcd_ca: str = setting("", "PEM file with the certificate authorities to trust for etcd.", metavar="FILE")
+    etcd_cert: str = setting("", "PEM file with the certificate to show to etcd.", metavar="FILE")
+    etcd_key: str = setting("", "PEM file with the key of that certificate.", metavar="FILE")
+    etcd_user: str = setting("", "User of etcd.", metavar="NAME")
+    etcd_password_file: str = setting("", "File with the password of that user.", metavar="FILE")
+    cluster: str = setting(
+        "default", "Nodes of one cluster share their caches; those of others do not see them.", metavar="NAME"
+    )
+    node_name: str = setting("", "What this node is called (default: the name of the machine).", metavar="NAME")
+    zone: str = setting(
+        "", "Where this node is: blocks that its zone has already are not fetched from another.", metavar="NAME"
+    )
+    advertise: str = setting(
+        "",
+        "Where others reach this node (default: the address from which it reaches etcd, and any free port).",
+        metavar="ADDR[:PORT]",
+    )
+    peer_listen: str = setting(
+        "", "Where to listen for others, if that is not the address of --advertise.", metavar="ADDR[:PORT]"
+    )
+    peer_cert: str = setting("", "PEM file with the certificate to show to other nodes.", metavar="FILE")
+    peer_key: str = setting("", "PEM file with the key of that certificate.", metavar="FILE")
+    peer_ca: str = setting("", "PEM file with the authorities whose certificates make a node a peer.", metavar="FILE")
+    peer_secret_file: str = setting(
+        "", "File with a secret of at least 16 bytes that all nodes of the cluster share.", metavar="FILE"
+    )
+    peer_insecure: bool = setting(False, "Serve whoever asks: neither certificates nor a secret are needed.")
+
+    @property
+    def etcd_endpoints(self) -> tuple[str, ...]:
+        """The addresses of etcd; none: there are no peers."""
+        return tuple(part.strip() for part in self.etcd.split(",") if part.strip())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LogConfig:
     """What is written down."""
 
@@ -184,6 +237,7 @@ class Config:
     cache: CacheConfig = field(default_factory=CacheConfig)
     metadata: MetadataConfig = field(default_factory=MetadataConfig)
     fuse: FuseConfig = field(default_factory=FuseConfig)
+    peer: PeerConfig = field(default_factory=PeerConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 
@@ -222,3 +276,25 @@ def from_plain(cls: type[Any], values: dict[str, Any]) -> Any:
         else:
             built[f.name] = value
     return cls(**built)
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """Return host and port of ADDR[:PORT] ([ADDR]:PORT for IPv6); port 0 without one. Raises ValueError."""
+    host, _, port = text.partition(":")
+    if text.startswith("["):
+        host, _, port = text[1:].partition("]")
+        port = port.removeprefix(":")
+    elif text.count(":") > 1:
+        host, port = text, ""
+    is_host = re.fullmatch(r"[A-Za-z0-9._-]+", host) or _is_address(host.partition("%")[0])
+    if not is_host or (port and not (re.fullmatch(r"[0-9]{1,5}", port) and int(port) < 1 << 16)):
+        raise ValueError(f"'{text}' is no address: write ADDR or ADDR:PORT")
+    return host, int(port or 0)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True

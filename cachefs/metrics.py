@@ -68,7 +68,11 @@ DISK_FAULTS = _count(
 # Fills: what the agent does about a miss.
 ORIGIN_FILLS = _count("origin_fills", "Blocks that came from the object store.")
 ORIGIN_FILL_BYTES = _bytes("origin_fill_bytes", "Bytes of those blocks.")
-ORIGIN_FILL_REQUESTS = _count("origin_fill_requests", "Range reads made for those blocks (neighbours share one).")
+ORIGIN_FILL_REQUESTS = _count(
+    "origin_fill_requests", "Range reads for blocks that no tier had (neighbours share one), from peers or the store."
+)
+PEER_FILLS = _count("peer_fills", "Blocks that came from another node.")
+PEER_FILL_BYTES = _bytes("peer_fill_bytes", "Bytes of those blocks.")
 ORIGIN_FILL_ERRORS = _count("origin_fill_errors", "Blocks whose range read failed.")
 FILLS_JOINED = _count("fills_joined", "Fills that waited for a block that was already on its way (single flight).")
 FILLS_INLINE = _count("fills_inline", "Blocks whose bytes were handed over directly because no tier could take them.")
@@ -91,6 +95,24 @@ ORIGIN_ERRORS = _count("origin_errors", "Requests that ended in an error other t
 ORIGIN_THROTTLED = _count(
     "origin_throttled", "Requests that the store refused because of their rate (503 SlowDown, 429)."
 )
+
+# Peers: what this node asks of others (`peer.source`), and what it serves to them.
+PEER_REQUESTS = _count("peer_requests", "Requests for blocks that were sent to other nodes.")
+PEER_FAILURES = _count("peer_failures", "Requests that another node did not answer well; the next source was asked.")
+PEER_ABSENT = _count("peer_absent", "Requests to another node that did not have the block (asked as the one who may).")
+PEER_CORRUPT = _count("peer_corrupt", "Blocks from other nodes that failed their check.")
+PEER_LISTING_PAGES = _count("peer_listing_pages", "Pages of listings that came from another node.")
+PEER_LISTING_FAILURES = _count("peer_listing_failures", "Pages that another node did not give; the store was asked.")
+PEER_OWNED_FILL_BYTES = _bytes(
+    "peer_owned_fill_bytes", "Bytes that came from the object store for blocks that this node owns."
+)
+PEER_SERVED_BLOCKS = _count("peer_served_blocks", "Blocks that were sent to other nodes.")
+PEER_SERVED_BYTES = _bytes("peer_served_bytes", "Bytes of those blocks.")
+PEER_SERVED_REQUESTS = _count("peer_served_requests", "Requests of other nodes that were answered.")
+PEER_REFUSED_REQUESTS = _count(
+    "peer_refused_requests", "Requests that were refused: no proof of being a peer, bad, other version, too many."
+)
+PEER_SERVED_LISTING_PAGES = _count("peer_served_listing_pages", "Pages of listings that were given to other nodes.")
 
 # The worker: what the kernel asked.
 FUSE_READS = _count("fuse_reads", "READ requests of the kernel.")

@@ -69,6 +69,7 @@ class Tier(enum.StrEnum):
 
     SHM = "shm"
     DISK = "disk"
+    PEER = "peer"
     ORIGIN = "origin"
 
 

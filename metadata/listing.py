@@ -60,9 +60,9 @@ class _Page:
 class _Flight:
     """One listing on its way."""
 
-    def __init__(self, ino: Ino) -> None:
+    def __init__(self, ino: Ino, begun_ns: int) -> None:
         self.ino = ino
-        self.begun_ns = time.time_ns()
+        self.begun_ns = begun_ns
         self.frontier = b""
         """Up to where waiters may read; stays empty when the listing does not stream."""
         self.over = False
@@ -86,7 +86,9 @@ class Lister:
         freshness: Freshness,
         run_blocking: RunBlocking,
         nursery: trio.Nursery,
+        age_s: float = 0.0,
     ) -> None:
+        """`age_s`: how old a page may be that `store` gives; what it says counts as said so long ago."""
         writer.identity.expect(prefix)
         self._writer = writer
         self._reader = writer.reader
@@ -94,6 +96,7 @@ class Lister:
         self._freshness = freshness
         self._run_blocking = run_blocking
         self._nursery = nursery
+        self._age_ns = round(age_s * 1e9)
         self._flights: dict[Ino, _Flight] = {}
 
     async def list_directory(self, ino: Ino, seen: bytes | None) -> Progress:
@@ -114,7 +117,7 @@ class Lister:
                 await flight.news.wait()
             flight = self._flights.get(ino)
         if flight is None:
-            flight = self._flights[ino] = _Flight(ino)
+            flight = self._flights[ino] = _Flight(ino, time.time_ns() - self._age_ns)
             self._nursery.start_soon(self._drive, flight, name=f"listing {ino}")
         return await self._wait(flight, seen or b"")
 
@@ -147,7 +150,7 @@ class Lister:
 
     async def _list(self, flight: _Flight) -> None:
         key = self._reader.key_of(flight.ino)
-        run: ListingRun = await self._run_blocking(self._writer.begin_listing, flight.ino, time.time_ns())
+        run: ListingRun = await self._run_blocking(self._writer.begin_listing, flight.ino, time.time_ns(), self._age_ns)
         page = await self._fetch(key, None)
         while True:
             ahead: Later[_Page] = Later()
@@ -168,7 +171,7 @@ class Lister:
                 raise StorageUnavailable("the store lists the same page again and again", retryable=False)
 
     async def _fetch(self, key: str, token: str | None) -> _Page:
-        asked_ns = time.time_ns()
+        asked_ns = time.time_ns() - self._age_ns
         entries: PageEntries = await self._run_blocking(self._list_page, key, token)
         return _Page(entries, asked_ns)
 

@@ -48,6 +48,8 @@ class ListingRun:
     hidden: int = 0
     found: int = 0
     changed: bool = False
+    age_ns: int = 0
+    """How old the pages may be when they come."""
 
     @property
     def streaming(self) -> bool:
@@ -59,12 +61,12 @@ class Disordered(StorageUnavailable):
     """The store's pages are not in order (the volume has been marked)."""
 
 
-def begin(changes: Changes, ino: Ino, unordered: bool) -> ListingRun:
-    """Begin a listing."""
+def begin(changes: Changes, ino: Ino, unordered: bool, age_ns: int = 0) -> ListingRun:
+    """Begin a listing, of pages that may be so old."""
     known = changes.directory(ino)
     first = known is None or not known.complete
     generation = (known.generation if known is not None else 0) + 1
-    run = ListingRun(ino, generation, changes.now_ns, first, unordered)
+    run = ListingRun(ino, generation, changes.now_ns, first, unordered, age_ns=age_ns)
     if first:
         changes.put_listing(ino, _incomplete(changes, run))
     return run
@@ -150,7 +152,7 @@ def complete(changes: Changes, run: ListingRun, page: PageEntries) -> None:
             b"",
             visible,
             run.hidden + run.shadowed,
-            changes.now_ns,
+            changes.now_ns - run.age_ns,
         ),
     )
 

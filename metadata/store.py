@@ -278,10 +278,10 @@ class MetadataWriter:
             dentry = changes.visible(parent, name)
         return None if dentry is None else dentry.ino
 
-    def begin_listing(self, ino: Ino, now_ns: int) -> ListingRun:
-        """Begin a listing. Raises NotFound, NotADirectory."""
+    def begin_listing(self, ino: Ino, now_ns: int, age_ns: int = 0) -> ListingRun:
+        """Begin a listing, of pages that may be so old. Raises NotFound, NotADirectory."""
         with self._change(now_ns) as changes:
-            return merge.begin(changes, ino, self._unordered)
+            return merge.begin(changes, ino, self._unordered, age_ns)
 
     def commit_page(self, run: ListingRun, page: PageEntries, asked_ns: int, now_ns: int) -> None:
         """Enter a page that was requested at `asked_ns`; the last one (no next token) completes the directory.

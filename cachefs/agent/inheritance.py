@@ -17,21 +17,24 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from cachefs.config import CacheConfig, as_plain, from_plain
+from cachefs.config import CacheConfig, PeerConfig, as_plain, from_plain
 from cachefs.runtime import RuntimeDir, write_state
 
 log = logging.getLogger(__name__)
 
+Section = TypeVar("Section", CacheConfig, PeerConfig)
+PEER = "peer"
+"""Key of the settings for peers in the file; all others are those of the cache."""
 LEAVING = "unmounting"
 """The state of a mount that is on its way out (`cachefs.mount.supervisor`)."""
 
 
-def write_settings(config: CacheConfig) -> None:
+def write_settings(config: CacheConfig, peer: PeerConfig) -> None:
     """Write down what the running agent works with. A full or read-only runtime directory costs only the file."""
     try:
-        write_state(_file(config), as_plain(config))
+        write_state(_file(config), {**as_plain(config), PEER: as_plain(peer)})
     except OSError as error:
         log.debug("the settings cannot be written down: %s", error)
 
@@ -41,22 +44,30 @@ def forget_settings(config: CacheConfig) -> None:
     Path(_file(config)).unlink(missing_ok=True)
 
 
-def inherited(config: CacheConfig) -> CacheConfig:
-    """Return the settings of the last agent if mounts of it are still there, else `config`."""
+def inherited(config: CacheConfig, peer: PeerConfig) -> tuple[CacheConfig, PeerConfig]:
+    """Return the settings of the last agent if mounts of it are still there, else what is given."""
     if not living_mounts(config):
-        return config
+        return config, peer
     try:
-        left: CacheConfig = from_plain(CacheConfig, json.loads(Path(_file(config)).read_bytes()))
+        found = json.loads(Path(_file(config)).read_bytes())
+        left = _same_kinds(from_plain(CacheConfig, found), config)
         left = dataclasses.replace(left, cache_dir=config.cache_dir, runtime_dir=config.runtime_dir)
-        if any(type(value) is not type(getattr(config, name)) for name, value in as_plain(left).items()):
-            raise ValueError("values of other kinds")
+        left_peer = _same_kinds(from_plain(PeerConfig, found[PEER]), peer) if PEER in found else peer
     except FileNotFoundError:
-        return config
+        return config, peer
     except (OSError, ValueError, TypeError, AttributeError) as error:
         log.warning("what the last agent worked with cannot be read (%s): the settings of a mount hold", error)
-        return config
-    if left != config:
-        log.info("mounts are there already: the settings of the last agent hold (%s)", _differences(left, config))
+        return config, peer
+    if (left, left_peer) != (config, peer):
+        differences = ", ".join([*_differences(left, config), *_differences(left_peer, peer)])
+        log.info("mounts are there already: the settings of the last agent hold (%s)", differences)
+    return left, left_peer
+
+
+def _same_kinds(left: Section, other: Section) -> Section:
+    """Return `left`. Raises ValueError when its values are not of the kinds that those of `other` are."""
+    if any(type(value) is not type(as_plain(other)[name]) for name, value in as_plain(left).items()):
+        raise ValueError("values of other kinds")
     return left
 
 
@@ -91,6 +102,6 @@ def _file(config: CacheConfig) -> str:
     return RuntimeDir(config.runtime_dir).agent(config.cache_dir, "json")
 
 
-def _differences(left: CacheConfig, other: CacheConfig) -> str:
+def _differences(left: CacheConfig | PeerConfig, other: CacheConfig | PeerConfig) -> list[str]:
     mine, theirs = as_plain(left), as_plain(other)
-    return ", ".join(f"{name} {mine[name]}" for name in mine if mine[name] != theirs[name])
+    return [f"{name} {mine[name]}" for name in mine if mine[name] != theirs[name]]

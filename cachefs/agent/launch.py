@@ -26,7 +26,7 @@ from typing import Any
 
 from cachefs import __version__, errors
 from cachefs.agent import framing, messages
-from cachefs.config import CacheConfig, Config, LogConfig, as_plain
+from cachefs.config import CacheConfig, Config, LogConfig, PeerConfig, as_plain
 from cachefs.runtime import RuntimeDir, lock_holder
 
 CONNECT_RETRY_S = 0.02
@@ -48,6 +48,7 @@ class AgentPlan:
     """How to start the agent of a cache directory."""
 
     cache: CacheConfig
+    peer: PeerConfig
     log: LogConfig
     python: str
     environment: Mapping[str, str]
@@ -176,8 +177,8 @@ def _start(plan: AgentPlan, deadline: float) -> None:
     try:
         assert child.stdin is not None
         with child.stdin as stdin:
-            given = {"cache": as_plain(plan.cache), "log": as_plain(plan.log), "log_file": log_path}
-            stdin.write(json.dumps(given).encode())
+            sections = {"cache": as_plain(plan.cache), "peer": as_plain(plan.peer), "log": as_plain(plan.log)}
+            stdin.write(json.dumps({**sections, "log_file": log_path}).encode())
     except BrokenPipeError:
         pass  # it has died already; its report says more
     with open(ready, "rb") as reports:
@@ -248,7 +249,7 @@ def attach_message(
         mount_id=mount_id,
         mountpoint=mountpoint,
         pid=os.getpid(),
-        volume={"s3": as_plain(config.s3), "metadata": as_plain(config.metadata), "cache": as_plain(config.cache)},
+        volume={name: as_plain(getattr(config, name)) for name in ("s3", "metadata", "cache", "peer")},
         environment=aws_environment(environment),
         check=check,
         mounted_at_s=mounted_at_s,
@@ -271,7 +272,7 @@ def check_volume(
     Raises BucketNotFound, CredentialsError, AccessDenied, StorageUnavailable, UsageError, OtherVersion or
     AgentUnavailable, each with a message for a person.
     """
-    plan = AgentPlan(config.cache, config.log, python, environment)
+    plan = AgentPlan(config.cache, config.peer, config.log, python, environment)
     timeout_s = config.fuse.ready_timeout_s
     attach = attach_message(
         config, environment, mount_id, mountpoint, request_id=1, check=True, mounted_at_s=mounted_at_s, given=given

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
@@ -26,15 +26,15 @@ from cachefs import __version__, errors
 from cachefs.agent import inheritance
 from cachefs.agent.crash_guard import CrashGuard
 from cachefs.agent.memory import anonymous_bytes, give_back, tune_allocator
-from cachefs.agent.messages import PROTOCOL_VERSION
 from cachefs.agent.places import AgentPaths, is_own
 from cachefs.agent.presence import AlreadyRunning, Presence
+from cachefs.agent.report import Report
 from cachefs.agent.server import Server
 from cachefs.agent.volumes import Volumes
 from cachefs.block.block_cache import BlockCache
 from cachefs.block.lmdb_tier import TierWriter
 from cachefs.block.tier_opening import settled_block_size
-from cachefs.config import CacheConfig, LogConfig, from_plain
+from cachefs.config import CacheConfig, LogConfig, PeerConfig, from_plain
 from cachefs.logs import configure
 from cachefs.metrics import Counters
 from cachefs.mount.journal import shorten_stderr
@@ -42,6 +42,9 @@ from cachefs.runtime import own_directory
 from cachefs.types import Tier
 from metadata.room import MetadataFull
 from metadata.store import MetadataWriter
+
+if TYPE_CHECKING:
+    from cachefs.agent.peering import Peering
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -59,8 +62,9 @@ QUIET_BYTES = 96 << 20
 class Agent:
     """One agent, from start to end."""
 
-    def __init__(self, config: CacheConfig, *, idle_timeout_s: float, log_file: str) -> None:
+    def __init__(self, config: CacheConfig, peer: PeerConfig, *, idle_timeout_s: float, log_file: str) -> None:
         self._config = config
+        self._peer = peer
         self._log_file = log_file
         self._own_log = log_file.startswith(f"{config.runtime_dir}/")
         self._reasons: dict[str, str] = {}
@@ -96,13 +100,14 @@ class Agent:
         guard = CrashGuard(paths.cache_dir)
         guard.begin([paths.disk, paths.volumes.in_use], in_memory=[paths.shm] if is_own(paths.shm) else [])
         self._settle_block_size(paths.disk)
-        inheritance.write_settings(self._config)
+        inheritance.write_settings(self._config, self._peer)
         self._may_move = paths.volumes.at_home
         shm = self._open_tier(Tier.SHM, paths.shm, self._config.shm_size_bytes)
         disk = self._open_tier(Tier.DISK, paths.disk, self._config.cache_size_bytes)
         tiers = [tier for tier in (shm, disk) if tier is not None]
         attached = 0
         volumes: Volumes | None = None
+        peering = self._make_peering()
         try:
             async with (
                 BlockCache(
@@ -116,13 +121,22 @@ class Agent:
             ):
                 serving = volumes = Volumes(
                     paths.volumes, self._config, self._run_blocking, self._housework, nursery,
-                    None if disk is None else disk.give_back,
+                    None if disk is None else disk.give_back, self._peer, None if peering is None else peering.sources,
                 )  # fmt: skip
-                volumes.handicaps = functools.partial(self._handicaps, paths, cache)
+                report = Report(self._config, self._counters, self._reasons, self._log_file)
+                volumes.handicaps = functools.partial(report.handicaps, paths, cache)
+
+                def status(ask_peers: bool) -> dict[str, Any]:
+                    peers = None if peering is None else peering.status(ask=ask_peers)
+                    return {**report.status(cache, serving), "cluster": peers}
+
                 server = Server(
                     cache, volumes, self._config.block_size_bytes, None if shm is None else str(paths.shm),
-                    None if disk is None else str(paths.disk), lambda: self._status(cache, serving), self._stopped.set,
+                    None if disk is None else str(paths.disk), status, self._stopped.set,
+                    lambda: None if peering is None else peering.volumes_changed(),
                 )  # fmt: skip
+                if peering is not None:
+                    await peering.start(nursery, cache, (shm, disk), volumes, lambda: report.status(cache, serving))
                 nursery.start_soon(self._presence.serve, server.serve, nursery)
                 nursery.start_soon(self._keep_house, cache, disk, volumes)
                 nursery.start_soon(self._watch_idle, server, volumes)
@@ -134,6 +148,8 @@ class Agent:
                 # Hang up first: workers ask the next agent again, and none gets an error from a store that is closing.
                 self._presence.hide()
                 attached = await self._count_staying(volumes)
+                if peering is not None:
+                    await peering.leave()
                 cache.flush_at_exit = not attached  # readers wait for the next agent, which adopts the shm tier
                 nursery.cancel_scope.cancel()
         finally:
@@ -211,6 +227,14 @@ class Agent:
         except Exception:
             log.exception("removing metadata that nobody uses failed")
 
+    def _make_peering(self) -> Peering | None:
+        """Return what makes this node a peer of others, if it is to be one. Raises UsageError."""
+        if not self._peer.etcd_endpoints:
+            return None
+        from cachefs.agent.peering import Peering  # what nobody asked for is not even imported
+
+        return Peering(self._peer, self._config, self._counters)
+
     def _settle_block_size(self, disk: Path) -> None:
         """Keep the size of the blocks that the disk tier has, if it has any."""
         wanted, limit = self._config.block_size_bytes, self._config.cache_size_bytes
@@ -284,61 +308,6 @@ class Agent:
                 self._signalled = True
                 self._stopped.set()
 
-    def _handicaps(self, paths: AgentPaths, cache: BlockCache) -> list[str]:
-        """Return what somebody who mounts should know of this agent."""
-        off = [(name, tier.get("reason")) for name, tier in self._tiers(cache).items() if tier.get("state") == "off"]
-        said = [f"the {name} tier is off, and reads do without it: {why}" for name, why in off if why]
-        if not paths.volumes.at_home:
-            where = f"{paths.volumes.home} cannot be written"
-            said.append(f"{where}: what is known of names is kept in memory, {paths.volumes.in_use}")
-        return said
-
-    def _tiers(self, cache: BlockCache) -> dict[str, Any]:
-        """Return the tiers as `cachefs status` shows them; one that could not be opened keeps its limit."""
-        stats = cache.stats()
-        for name, limit_bytes in (("shm", self._config.shm_size_bytes), ("disk", self._config.cache_size_bytes)):
-            if stats[name]["state"] == "off":
-                stats[name]["limit_bytes"] = limit_bytes
-                stats[name]["reason"] = self._reasons.get(name) or stats[name].get("reason")
-            elif stats[name]["state"] == "full":
-                stats[name]["reason"] = "its file system has no more room for it: what is left is for others"
-        return stats
-
-    def _status(self, cache: BlockCache, volumes: Volumes) -> dict[str, Any]:
-        counters = self._counters.snapshot()
-        served = list(volumes.by_id.values())  # a copy: this runs in a thread
-        for volume in served:
-            for name, value in volume.store.now.counters.snapshot().items():
-                counters[name] = counters.get(name, 0) + value
-        mounts: dict[str, Any] = {}
-        described: dict[str, Any] = {}
-        for volume in served:
-            used, objects = volume.writer.reader.counts()
-            described[volume.volume_id] = {
-                "source": volume.source, "objects": objects, "bytes": used,
-                "hidden_keys": volume.writer.reader.hidden(), "origin": volume.store.now.counters.condition.describe(),
-            }  # fmt: skip
-            for mount in list(volume.mounts.values()):
-                mounts[mount.mount_id] = {
-                    "mountpoint": mount.mountpoint, "volume_id": volume.volume_id, "counters": mount.counters,
-                    "version": mount.version, "protocol": mount.protocol,
-                }  # fmt: skip
-        return {
-            "agent_pid": os.getpid(),
-            "version": __version__,
-            "protocol": PROTOCOL_VERSION,
-            "cache_dir": self._config.cache_dir,
-            "log_file": self._log_file or None,
-            "uptime_s": time.monotonic() - self._started,
-            "block_size_bytes": self._config.block_size_bytes,
-            "rss_anon_bytes": anonymous_bytes(),
-            "memory_limit_bytes": self._config.memory_limit_bytes,
-            "tiers": self._tiers(cache),
-            "counters": counters,
-            "mounts": mounts,
-            "volumes": described,
-        }
-
 
 def _writes_metadata(function: Callable[..., object]) -> bool:
     while isinstance(function, functools.partial):
@@ -348,6 +317,7 @@ def _writes_metadata(function: Callable[..., object]) -> bool:
 
 def run(
     cache: CacheConfig,
+    peer: PeerConfig,
     *,
     idle_timeout_s: float = math.inf,
     on_ready: Callable[[], None] = lambda: None,
@@ -358,7 +328,7 @@ def run(
     """
     sys.setswitchinterval(0.001)
     tune_allocator()
-    agent = Agent(cache, idle_timeout_s=idle_timeout_s, log_file=log_file)
+    agent = Agent(cache, peer, idle_timeout_s=idle_timeout_s, log_file=log_file)
     trio.run(agent.run, on_ready)
 
 
@@ -368,7 +338,9 @@ def main(argv: list[str]) -> int:
     plan = json.load(sys.stdin)
     logs: LogConfig = from_plain(LogConfig, plan["log"])
     configure(logs, "agent", sys.stderr)
-    cache = inheritance.inherited(from_plain(CacheConfig, plan["cache"]))
+    cache, peer = inheritance.inherited(
+        from_plain(CacheConfig, plan["cache"]), from_plain(PeerConfig, plan.get("peer", {}))
+    )
 
     def report(**outcome: Any) -> None:
         try:
@@ -379,7 +351,7 @@ def main(argv: list[str]) -> int:
 
     try:
         ready = functools.partial(report, ok=True)
-        run(cache, idle_timeout_s=cache.agent_idle_timeout_s, on_ready=ready, log_file=plan.get("log_file", ""))
+        run(cache, peer, idle_timeout_s=cache.agent_idle_timeout_s, on_ready=ready, log_file=plan.get("log_file", ""))
     except AlreadyRunning as error:
         report(ok=False, running=True, text=str(error))
         return 1

@@ -44,7 +44,8 @@ class Attach(Message, frozen=True):
     mountpoint: str
     pid: int
     volume: dict[str, Any]
-    """The `s3`, `metadata` and `cache` sections of the configuration as `cachefs.config.as_plain` writes them."""
+    """The `s3`, `metadata`, `cache` and `peer` sections of the configuration as `cachefs.config.as_plain` writes
+    them."""
     environment: dict[str, str]
     """The AWS_* variables of the mount. Never stored, never logged."""
     check: bool
@@ -165,6 +166,8 @@ class Status(Message, frozen=True):
     """First and only message of `cachefs status`. Reply: `StatusReply`."""
 
     id: int
+    peers: bool = False
+    """Ask the other nodes of the cluster as well."""
 
 
 class StatusReply(Message, frozen=True):

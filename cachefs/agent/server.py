@@ -22,7 +22,7 @@ from cachefs.agent.sender import Sender
 from cachefs.agent.volumes import AttachedMount, FileVersion, Volume, Volumes
 from cachefs.block.block_cache import BlockCache, Priority
 from cachefs.block.flights import Answer, Filled
-from cachefs.types import BlockKey, Ino
+from cachefs.types import BlockKey, Ino, Tier
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +40,11 @@ class Server:
         block_size: int,
         shm_path: str | None,
         disk_path: str | None,
-        status: Callable[[], dict[str, Any]],
+        status: Callable[[bool], dict[str, Any]],
         stop: Callable[[], None],
+        mounts_changed: Callable[[], object] = lambda: None,
     ) -> None:
+        """`status` gets whether other nodes are to be asked as well."""
         self.cache = cache
         self.volumes = volumes
         self.block_size = block_size
@@ -50,6 +52,7 @@ class Server:
         self.disk_path = disk_path
         self.status = status
         self.stop = stop
+        self.mounts_changed = mounts_changed
         self._token = trio.lowlevel.current_trio_token()
         self.touched_at = time.monotonic()
         self.connections = 0
@@ -75,6 +78,7 @@ class Server:
             self.touched_at = time.monotonic()
             if connection.volume is not None and connection.volume.mounts.pop(id(connection), None) is not None:
                 log.info("mount %s detached", connection.mountpoint)
+                self.mounts_changed()
 
 
 class _Connection:
@@ -169,6 +173,7 @@ class _Connection:
                 request.mount_id, request.mountpoint, request.pid, request.version, request.protocol
             )
             volume.mounts[id(self)] = self._mount
+            self._server.mounts_changed()
             log.info("mount %s attached (worker %d, cachefs %s)", request.mountpoint, request.pid, request.version)
         return messages.Attached(
             id=request.id,
@@ -224,7 +229,7 @@ class _Connection:
         try:
             volume, file, count = self._asked(request)
             async with cache.carriage.room(self, cache.carried_bytes(file.version, request.first, count)):
-                blocks = await cache.fill(file.oid, file.version, volume.store, request.first, count, inline=True)
+                blocks = await cache.fill(file.oid, file.version, volume.blocks_from, request.first, count, inline=True)
                 payload_bytes = sum(len(block.payload or b"") for block in blocks)
                 frame = framing.encode_large(_filled(request.id, blocks), payload_bytes)
                 del blocks
@@ -243,7 +248,7 @@ class _Connection:
     def _start(self, request: messages.Fill | messages.Readahead, answer: Answer, priority: Priority) -> None:
         volume, file, count = self._asked(request)
         start = self._server.cache.start
-        start(file.oid, file.version, volume.store, request.first, count, answer, priority=priority)
+        start(file.oid, file.version, volume.blocks_from, request.first, count, answer, priority=priority)
 
     def _asked(self, request: messages.Fill | messages.Readahead) -> tuple[Volume, FileVersion, int]:
         """Return which file is meant, and how many of the blocks asked for there are (as many as one answer takes)."""
@@ -257,7 +262,7 @@ class _Connection:
         return messages.CachedBlocks(id=request.id, blocks={tier.value: count for tier, count in held.items()})
 
     async def _status(self, request: messages.Status) -> messages.Answer:
-        status = await trio.to_thread.run_sync(self._server.status)
+        status = await trio.to_thread.run_sync(self._server.status, request.peers)
         return messages.StatusReply(id=request.id, status=status)
 
     async def _stop(self, request: messages.Stop) -> messages.Answer:
@@ -268,7 +273,12 @@ class _Connection:
 
 
 def _filled(identity: int, blocks: list[Filled]) -> messages.Filled:
-    return messages.Filled(id=identity, blocks=[(block.index, block.source.value, block.payload) for block in blocks])
+    return messages.Filled(id=identity, blocks=[(block.index, _told(block.source), block.payload) for block in blocks])
+
+
+def _told(source: Tier) -> str:
+    """Return a tier as workers know it: to them, another node is as far away as the store."""
+    return Tier.ORIGIN.value if source is Tier.PEER else source.value
 
 
 def _failure(identity: int, error: Exception) -> messages.Failure:

@@ -9,6 +9,7 @@ comes back first.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import math
@@ -23,11 +24,12 @@ import trio
 import xxhash
 
 from cachefs import errors
-from cachefs.config import CacheConfig, MetadataConfig, S3Config, from_plain
+from cachefs.block.ports import BlockSource
+from cachefs.config import CacheConfig, MetadataConfig, PeerConfig, S3Config, from_plain
 from cachefs.store.open import open_store, parse_source
 from cachefs.store.port import ListPage, ObjectInfo, ObjectStore
 from cachefs.store.retry import RetryingStore
-from cachefs.types import FileKind, Ino, ObjectId, ObjectVersion, block_count, object_id
+from cachefs.types import FileKind, Ino, ObjectId, ObjectVersion, Tier, block_count, object_id
 from metadata import custody, disuse
 from metadata.freshness import Freshness
 from metadata.listing import Lister
@@ -90,6 +92,17 @@ class CurrentStore:
         """See `ObjectStore.read_into`."""
         return self.now.read_into(version, start, buffers)
 
+    def route(self, version: ObjectVersion, start: int) -> CurrentStore:
+        """See `BlockSource.route`."""
+        return self
+
+    def read_blocks(
+        self, version: ObjectVersion, start: int, buffers: Sequence[memoryview]
+    ) -> Iterator[tuple[int, Tier]]:
+        """See `BlockSource.read_blocks`."""
+        for count in self.now.read_into(version, start, buffers):
+            yield count, Tier.ORIGIN
+
     def head(self, key: str) -> ObjectInfo:
         """See `ObjectStore.head`."""
         return self.now.head(key)
@@ -101,6 +114,20 @@ class CurrentStore:
     def close(self) -> None:
         """See `ObjectStore.close`."""
         self.now.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Where a volume's blocks and listings come from: its store, or other nodes first."""
+
+    blocks: BlockSource
+    listings: ObjectStore
+    listing_age_s: float = 0.0
+    """How old a page of those listings may be."""
+
+
+MakeSources = Callable[[CurrentStore, str, MetadataConfig], Sources]
+"""Of a store, the prefix of the volume in it, and its rules."""
 
 
 @dataclass(eq=False)
@@ -128,13 +155,16 @@ class Volume:
         freshness: Freshness,
         run_blocking: RunBlocking,
         nursery: trio.Nursery,
+        sources: Sources,
     ) -> None:
         self.volume_id = volume_id
         self.source = source
         self.prefix = prefix
         self.store = store
         self.writer = writer
-        self.lister = Lister(writer, store, prefix, freshness, run_blocking, nursery)
+        self.blocks_from = sources.blocks
+        lister = Lister(writer, sources.listings, prefix, freshness, run_blocking, nursery, sources.listing_age_s)
+        self.lister = lister
         self.resolver = Resolver(writer, store, prefix, freshness, run_blocking, self.lister)
         self.mounts: dict[int, AttachedMount] = {}
         self.mounted_at_s = 0.0
@@ -179,14 +209,18 @@ class Volumes:
         housework: RunBlocking,
         nursery: trio.Nursery,
         make_room: MakeRoom | None = None,
+        peer: PeerConfig | None = None,
+        make_sources: MakeSources | None = None,
     ) -> None:
-        """`make_room` can give room back on the file system where metadata is at home."""
+        """`make_room` can give room back on the file system where metadata is at home; `make_sources` knows peers."""
         self._places = places
         self._make_room = make_room if places.at_home else None
         self._cache = cache
+        self._peer = peer or PeerConfig()
         self._run_blocking = run_blocking
         self._housework = housework
         self._nursery = nursery
+        self._make_sources = make_sources or (lambda store, prefix, rules: Sources(store, store))
         self._opening = trio.Lock()
         self._marked_at = time.monotonic()
         self._complaints: dict[str, str] = {}
@@ -234,8 +268,10 @@ class Volumes:
         writer: MetadataWriter = await self._housework(self._open_writer, path, identity)
         disuse.mark_used(writer.path)
         run_blocking = functools.partial(self._run_blocking, trio.CapacityLimiter(METADATA_THREADS))
+        current = CurrentStore(store)
+        sources = self._make_sources(current, prefix, rules)
         volume = Volume(
-            volume_id, source, prefix, CurrentStore(store), writer, Freshness(rules), run_blocking, self._nursery
+            volume_id, source, prefix, current, writer, Freshness(rules), run_blocking, self._nursery, sources
         )
         self.by_id[volume_id] = volume
         log.info("volume %s opened (%s)", source, volume_id)
@@ -285,7 +321,16 @@ class Volumes:
             has, wanted = getattr(self._cache, name), getattr(asked, name)
             if name in given and has != wanted:
                 said.append(words.format(has=_size(has), asked=_size(wanted)))
+        asked_peer: PeerConfig = from_plain(PeerConfig, plain.get("peer", {}))
+        for setting in dataclasses.fields(PeerConfig):
+            if setting.name in given and getattr(asked_peer, setting.name) != getattr(self._peer, setting.name):
+                has, option = getattr(self._peer, setting.name), setting.name.replace("_", "-")
+                said.append(f"the running agent keeps --{option} at {has or 'nothing'}: end it to change that")
         return said
+
+    def mounted(self) -> list[Volume]:
+        """Return the volumes that are mounted now. Any thread."""
+        return [volume for volume in list(self.by_id.values()) if volume.mounts]
 
     @property
     def mount_count(self) -> int:

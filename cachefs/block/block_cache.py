@@ -363,6 +363,7 @@ class BlockCache:
 
     def _fetch(self, version: ObjectVersion, source: BlockSource, flights: list[Flight], priority: Priority) -> None:
         """Bring blocks from the source into the shm tier, else into the disk tier."""
+        source = source.route(version, flights[0].index * self.block_size)
         in_shm_only: list[BlockKey] = []
 
         def work() -> None:

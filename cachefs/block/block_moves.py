@@ -116,16 +116,15 @@ class BlockMover:
     def payload(
         self, version: ObjectVersion, source: BlockSource, key: BlockKey, index: int
     ) -> tuple[Tier | None, bytes]:
-        """Return the bytes of a block that was just filled; the tier is ORIGIN if it was evicted since, else None."""
+        """Return the bytes of a block that was just filled, and where they came from if it was evicted since."""
         length = self.length(version, index)
         for tier in (self._shm, self._disk):
             value = None if tier is None else tier.read(key, length)
             if value is not None:
                 return None, bytes(memoryview(value)[codec.HEADER_SIZE :])
         body = bytearray(length)
-        for _ in source.read_into(version, index * self._block_size, [memoryview(body)]):
-            pass
-        return Tier.ORIGIN, bytes(body)
+        [(_, origin)] = source.read_blocks(version, index * self._block_size, [memoryview(body)])
+        return origin, bytes(body)
 
     def promote(self, flight: Flight) -> None:
         """Bring a block from the disk tier into the shm tier and end its flight; one that is not good there goes on."""
@@ -154,15 +153,17 @@ class BlockMover:
         Ends the flights of those that are there, and extends `in_shm_only`. Raises what the source raises; the flights
         that are over by then are good.
         """
-        self._counters.add(metrics.ORIGIN_FILL_REQUESTS.name)
         with self._buffers.lent(len(flights), max(flight.length for flight in flights)) as places:
             values = [
                 places[number % len(places)][: codec.HEADER_SIZE + flight.length]
                 for number, flight in enumerate(flights)
             ]
             payloads = [value[codec.HEADER_SIZE :] for value in values]
-            group, complete = 0, 0
-            for complete in source.read_into(version, flights[0].index * self._block_size, payloads):
+            group = known = complete = 0
+            for complete, tier in source.read_blocks(version, flights[0].index * self._block_size, payloads):
+                for flight in flights[known:complete]:
+                    flight.source = tier
+                known = complete
                 if complete - group == len(places) or complete == len(flights):
                     self._keep(flights[group:complete], values[group:complete], in_shm_only)
                     group = complete
@@ -173,8 +174,14 @@ class BlockMover:
         """Commit blocks that are complete, and let whoever asks have them from now on."""
         for flight, value in zip(flights, values, strict=True):
             value[: codec.HEADER_SIZE] = codec.encode_header(value[codec.HEADER_SIZE :], flight.key)
-        self._counters.add(metrics.ORIGIN_FILLS.name, len(flights))
-        self._counters.add(metrics.ORIGIN_FILL_BYTES.name, sum(flight.length for flight in flights))
+        for tier, blocks_, bytes_ in (
+            (Tier.PEER, metrics.PEER_FILLS, metrics.PEER_FILL_BYTES),
+            (Tier.ORIGIN, metrics.ORIGIN_FILLS, metrics.ORIGIN_FILL_BYTES),
+        ):
+            lengths = [flight.length for flight in flights if flight.source is tier]
+            if lengths:
+                self._counters.add(blocks_.name, len(lengths))
+                self._counters.add(bytes_.name, sum(lengths))
         blocks = [(flight.key, value) for flight, value in zip(flights, values, strict=True)]
         stored = self._into_shm(blocks)
         if stored:

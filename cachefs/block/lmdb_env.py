@@ -222,6 +222,22 @@ class BlockEnvironment:
             view = txn.get(key)
             return None if view is None else bytes(view)
 
+    @contextlib.contextmanager
+    def lend(self, key: BlockKey) -> Iterator[memoryview | None]:
+        """Give a block's value, unchecked, as a view of the map that is valid inside; None if it is not there.
+
+        Raises CorruptBlock (short file), TierUnavailable.
+        """
+        self._check_length()
+        with _translated(f"block {key.hex()} cannot be read"):
+            txn = self._env.begin(buffers=True)
+        try:
+            with _translated(f"block {key.hex()} cannot be read"):
+                value = txn.get(key)
+            yield value
+        finally:
+            txn.abort()
+
     def write(self, values: Iterable[tuple[BlockKey, Bytes]]) -> None:
         """Commit blocks' values in one transaction. When it raises, nothing changed."""
         self._check_length()

@@ -17,12 +17,13 @@ INVARIANTS
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from cachefs import errors
@@ -156,6 +157,23 @@ class TierWriter:
         except errors.TierUnavailable as error:
             self._faults.fault(error)
         return None
+
+    @contextlib.contextmanager
+    def lend(self, key: BlockKey, length: int) -> Iterator[memoryview | None]:
+        """Give a block's bytes, unchecked, as a view of the map that is valid inside; None if they are not to be had.
+
+        For moments only: meanwhile the map cannot grow, and no freed page is used again. Never raises for the tier's
+        sake.
+        """
+        with contextlib.ExitStack() as stack:
+            value: memoryview | None = None
+            try:
+                stack.enter_context(self._gate)
+                value = None if self._env is None else stack.enter_context(self._env.lend(key))
+            except (errors.CorruptBlock, errors.TierUnavailable) as error:
+                self._faults.fault(error)
+            fits = value is not None and len(value) == codec.HEADER_SIZE + length
+            yield value[codec.HEADER_SIZE :] if value is not None and fits else None
 
     def _drop_bad(self, key: BlockKey, error: Exception) -> None:
         self._faults.bad_block(error)

@@ -5,21 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from cachefs.types import BlockKey, ObjectVersion
+from cachefs.types import BlockKey, ObjectVersion, Tier
 
 
 class BlockSource(Protocol):
-    """Where blocks come from when no tier has them: the store, later also peers. Calls BLOCK; they run in threads."""
+    """Where blocks come from when no tier has them: peers, the store. Calls BLOCK; they run in threads."""
 
     @property
     def max_requests(self) -> int:
         """How many reads may be under way at once. May change."""
         ...
 
-    def read_into(self, version: ObjectVersion, start: int, buffers: Sequence[memoryview]) -> Iterator[int]:
+    def route(self, version: ObjectVersion, start: int) -> BlockSource:
+        """Return the source that will read a range which begins there: this one, or a part of it.
+
+        Fetches of one route stand in one line. Where some wait for another node and others for the store, they must not
+        share slots: two nodes that have filled all of theirs with questions to each other would wait for ever. Never
+        blocks; any thread.
+        """
+        ...
+
+    def read_blocks(
+        self, version: ObjectVersion, start: int, buffers: Sequence[memoryview]
+    ) -> Iterator[tuple[int, Tier]]:
         """Fill the buffers, one after the other, with exactly the bytes of exactly this version from `start` on.
 
-        Yields the number of buffers that are full.
+        Each buffer is a block (`start` is where the first one begins). Yields the number of buffers that are full, and
+        where those came from that are full since the last time (PEER or ORIGIN).
 
         Raises: StaleObject, AccessDenied, StorageUnavailable (also BadBody).
         """

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 @click.command()
-@config_options("cache", "log")
+@config_options("cache", "peer", "log")
 def agent(**options: Any) -> None:
     """Run the agent of --cache-dir in the foreground until SIGTERM."""
     loaded = load(options, os.environ, options[CONFIG_PARAMETER])
@@ -29,6 +29,6 @@ def agent(**options: Any) -> None:
 
     from cachefs.agent.main import run  # imports trio: not before the options are known to be good
 
-    run(loaded.config.cache, log_file=loaded.config.log.log_file)
+    run(loaded.config.cache, loaded.config.peer, log_file=loaded.config.log.log_file)
     logging.shutdown()
     os._exit(0)  # threads that still wait for a slow store must not keep a finished agent alive

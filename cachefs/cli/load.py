@@ -34,7 +34,18 @@ from cachefs.cli.options import (
     parse_typed,
     render_size,
 )
-from cachefs.config import GIB, KIB, MIB, Addressing, CacheConfig, Config, FuseConfig, S3Config
+from cachefs.config import (
+    GIB,
+    KIB,
+    MIB,
+    Addressing,
+    CacheConfig,
+    Config,
+    FuseConfig,
+    PeerConfig,
+    S3Config,
+    split_address,
+)
 from cachefs.errors import ConfigError
 
 FALLBACKS: dict[str, tuple[str, ...]] = {
@@ -51,7 +62,11 @@ MIN_HANG_S = 2.0
 MAX_READ_AHEAD_BYTES = GIB
 MAX_ID = (1 << 32) - 2
 LOG_LEVELS = ("debug", "info", "warning", "error")
-_PATHS = ("cache_dir", "runtime_dir", "shm_dir", "ca_bundle", "log_file")
+PEER_FILES = (
+    "etcd_ca", "etcd_cert", "etcd_key", "etcd_password_file", "peer_cert", "peer_key", "peer_ca", "peer_secret_file",
+)  # fmt: skip
+_PATHS = ("cache_dir", "runtime_dir", "shm_dir", "ca_bundle", "log_file", *PEER_FILES)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _MAX_FILE_BYTES = MIB
 
 
@@ -242,6 +257,7 @@ def validate(config: Config) -> None:
     _validate_s3(config.s3)
     _validate_cache(config.cache)
     _validate_fuse(config.fuse)
+    _validate_peer(config.peer)
     if config.log.log_level not in LOG_LEVELS:
         raise ConfigError(f"--log-level {config.log.log_level}: must be one of {', '.join(LOG_LEVELS)}")
 
@@ -327,6 +343,43 @@ def _validate_shm(cache: CacheConfig) -> None:
             f"use --shm-size {fits}, "
             f"or enlarge it: mount -o remount,size={wanted.replace('iB', '').lower()} {cache.shm_dir}"
         )
+
+
+def _validate_peer(peer: PeerConfig) -> None:
+    for url in peer.etcd_endpoints:
+        if not re.fullmatch(r"https?://[^/?#\s@,]+/?", url):
+            shown = re.sub(r"//[^/@]*@", "//***@", url)
+            raise ConfigError(f"--etcd {shown}: must look like http://HOST:PORT or https://HOST:PORT")
+    if not peer.etcd_endpoints:
+        for f in dataclasses.fields(peer):
+            if getattr(peer, f.name) != f.default and f.name != "etcd":
+                raise ConfigError(f"--{f.name.replace('_', '-')} needs --etcd: without it there are no peers")
+        return
+    for name in ("cluster", "node_name", "zone"):
+        value = getattr(peer, name)
+        if (value or name == "cluster") and not _NAME.fullmatch(value):
+            allowed = "letters, digits, dots, hyphens and underscores, at most 63"
+            raise ConfigError(f"--{name.replace('_', '-')} {value!r}: must be a name ({allowed})")
+    for name in PEER_FILES:
+        path = getattr(peer, name)
+        if path and not os.path.isfile(path):
+            raise ConfigError(f"--{name.replace('_', '-')} {path}: no such file")
+    for name in ("advertise", "peer_listen"):
+        if getattr(peer, name):
+            try:
+                split_address(getattr(peer, name))
+            except ValueError as error:
+                raise ConfigError(f"--{name.replace('_', '-')} {error}") from error
+    _validate_together(peer, "peer_cert", "peer_key", "peer_ca")
+    _validate_together(peer, "etcd_cert", "etcd_key")
+    _validate_together(peer, "etcd_user", "etcd_password_file")
+
+
+def _validate_together(peer: PeerConfig, *names: str) -> None:
+    given = [name for name in names if getattr(peer, name)]
+    for name in names:
+        if given and name not in given:
+            raise ConfigError(f"--{given[0].replace('_', '-')} needs --{name.replace('_', '-')} as well")
 
 
 def _validate_fuse(fuse: FuseConfig) -> None:

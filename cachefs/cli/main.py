@@ -33,6 +33,7 @@ COMMANDS = {
         "Replace the worker of a mount by the installed version, without unmounting.",
     ),
     "status": ("cachefs.cli.status:status", "Show mounts, caches and where bytes came from."),
+    "peers": ("cachefs.cli.peers:peers", "Show the nodes that share their caches with this one."),
     "doctor": ("cachefs.cli.doctor:doctor", "Check this machine, and a bucket, and say what to do."),
     "agent": ("cachefs.cli.agent:agent", "Run the agent of a cache directory in the foreground."),
     "version": ("cachefs.cli.main:version", "Print the version."),

@@ -94,7 +94,7 @@ def _check_bucket(loaded: Loaded, environment: Mapping[str, str], place: str, mo
     try:
         return check()
     except launch.OtherVersion:
-        plan = launch.AgentPlan(config.cache, config.log, sys.executable, environment)
+        plan = launch.AgentPlan(config.cache, config.peer, config.log, sys.executable, environment)
         succession.replace_unused(plan, config.fuse.ready_timeout_s)
         return check()
 

@@ -62,6 +62,8 @@ class Setting:
     unit: str
     metavar: str
     hidden: bool
+    many: bool = False
+    """Given again, it adds to what was given before."""
 
     @property
     def key(self) -> str:
@@ -96,7 +98,15 @@ def _collect() -> tuple[Setting, ...]:
             metavar = meta["metavar"] or _DEFAULT_METAVARS.get(meta["unit"], "")
             found.append(
                 Setting(
-                    section.name, f.name, kinds[f.name], f.default, meta["help"], meta["unit"], metavar, meta["hidden"]
+                    section=section.name,
+                    field=f.name,
+                    kind=kinds[f.name],
+                    default=f.default,
+                    help=meta["help"],
+                    unit=meta["unit"],
+                    metavar=metavar,
+                    hidden=meta["hidden"],
+                    many=meta["many"],
                 )
             )
     return tuple(found)
@@ -186,6 +196,8 @@ def parse_typed(setting: Setting, value: object) -> Any:
     """Read a value of a configuration file, which has types of its own. Raises ValueError."""
     if isinstance(value, str):
         return parse(setting, value)
+    if setting.many and isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return parse(setting, ",".join(value))
     if setting.unit == "octal":
         # 444 without quotes would be read as decimal, and the files would get permissions that nobody asked for
         raise ValueError(f'write the mode as a string, such as {setting.key} = "0444"')
@@ -261,6 +273,17 @@ def _click_options(setting: Setting) -> Iterable[Callable[[Any], Any]]:
         yield click.option(setting.option, setting.field, default=None, help=_help(setting), hidden=setting.hidden)
         return
     words = choices(setting)
+    if setting.many:
+        yield click.option(
+            setting.option,
+            setting.field,
+            type=_reader(setting),
+            metavar=setting.metavar,
+            help=_help(setting),
+            multiple=True,
+            callback=_join,
+        )
+        return
     yield click.option(
         setting.option,
         setting.field,
@@ -280,6 +303,10 @@ def _click_options(setting: Setting) -> Iterable[Callable[[Any], Any]]:
                 default=None,
                 help=f"The same as --addressing {value}.",
             )
+
+
+def _join(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> str | None:
+    return ",".join(values) if values else None
 
 
 _Command = typing.TypeVar("_Command", bound=Callable[..., Any])

@@ -39,7 +39,7 @@ MOUNT_KEYS = (
 """Keys of one element of "mounts"."""
 AGENT_KEYS = (
     "agent_pid", "version", "cache_dir", "log_file", "socket", "uptime_s", "block_size_bytes", "rss_anon_bytes",
-    "memory_limit_bytes", "tiers", "fills", "counters", "mount_ids", "volumes",
+    "memory_limit_bytes", "tiers", "fills", "counters", "mount_ids", "volumes", "cluster",
 )  # fmt: skip
 """Keys of one element of "agents"."""
 
@@ -94,13 +94,16 @@ def collect(runtime_dir: str, mountpoint: str | None = None) -> dict[str, Any]:
     return {"version": cachefs.__version__, "mounts": mounts, "agents": agents}
 
 
-def ask_agent(path: str) -> dict[str, Any] | None:
-    """Return the status of the agent that listens at `path`; {} when it does not answer, None when there is none."""
+def ask_agent(path: str, *, peers: bool = False, timeout_s: float = AGENT_TIMEOUT_S) -> dict[str, Any] | None:
+    """Return the status of the agent that listens at `path`; {} when it does not answer, None when there is none.
+
+    `peers`: it asks the other nodes of its cluster as well.
+    """
     from cachefs.agent import messages
     from cachefs.agent.launch import ask
 
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.settimeout(AGENT_TIMEOUT_S)  # a stopped agent's backlog may be full, so connecting can wait as well
+    connection.settimeout(timeout_s)  # a stopped agent's backlog may be full, so connecting can wait as well
     try:
         connection.connect(path)
     except (ConnectionRefusedError, FileNotFoundError):
@@ -110,7 +113,7 @@ def ask_agent(path: str) -> dict[str, Any] | None:
         connection.close()
         return {}
     try:
-        answer = ask(connection, messages.Status(id=1), AGENT_TIMEOUT_S)
+        answer = ask(connection, messages.Status(id=1, peers=peers), timeout_s)
     except CachefsError:
         return {}
     return answer.status if isinstance(answer, messages.StatusReply) else {}
@@ -153,10 +156,11 @@ def hit_ratio(worker: Mapping[str, float], agent: Mapping[str, float]) -> dict[s
     further away (for all mounts of its agent), those that the disk tier had.
     """
     reads, missed = worker.get("fuse_reads", 0), worker.get("read_misses", 0)
-    from_disk, from_origin = agent.get("disk_hits", 0), agent.get("origin_fills", 0)
+    from_disk = agent.get("disk_hits", 0)
+    from_afar = agent.get("origin_fills", 0) + agent.get("peer_fills", 0)
     return {
         "shm": max(0.0, 1 - missed / reads) if reads else None,
-        "disk": from_disk / (from_disk + from_origin) if from_disk + from_origin else None,
+        "disk": from_disk / (from_disk + from_afar) if from_disk + from_afar else None,
     }
 
 
@@ -302,8 +306,23 @@ def _agent_lines(agent: Mapping[str, Any]) -> list[str]:
         f"  store {output.count(asked)} requests, {output.size(received)}, "
         f"{output.count(again)} retries, {output.count(failed)} errors"
     )
+    lines += _cluster_lines(agent["cluster"], counters)
     for volume in agent["volumes"].values():
         hidden = f", {output.count(volume['hidden_keys'])} hidden keys" if volume.get("hidden_keys") else ""
         known = f"{output.count(volume.get('objects', 0))} objects, {output.size(volume.get('bytes', 0))}"
         lines.append(f"  known of {output.plain(str(volume.get('source')))}: {known}{hidden}")
     return lines
+
+
+def _cluster_lines(cluster: Mapping[str, Any] | None, counters: Mapping[str, Any]) -> list[str]:
+    if not cluster:
+        return []
+    etcd = cluster.get("etcd", {})
+    state = "" if etcd.get("connected") else f", no connection to etcd ({etcd.get('last_error') or 'not yet'})"
+    received, served = counters.get("peer_fill_bytes", 0), counters.get("peer_served_bytes", 0)
+    failed = counters.get("peer_failures", 0)
+    return [
+        f"  peers {len(cluster.get('members', []))} nodes in cluster {output.plain(str(cluster.get('cluster')))}"
+        f"{output.plain(state)}; {output.size(received)} from them, {output.size(served)} for them, "
+        f"{output.count(failed)} failures (`cachefs peers` shows them)"
+    ]

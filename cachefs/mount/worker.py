@@ -115,7 +115,9 @@ class Worker:
 
     async def run(self) -> None:
         """Prepare, wait for "go", serve until the mount is gone."""
-        launch_plan = launch.AgentPlan(self._config.cache, self._config.log, sys.executable, self._environment)
+        launch_plan = launch.AgentPlan(
+            self._config.cache, self._config.peer, self._config.log, sys.executable, self._environment
+        )
         attach = functools.partial(
             launch.attach_message,
             self._config,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cachefs import errors
-from cachefs.cli import main, status
+from cachefs.cli import main, peers, status
 from cachefs.cli.options import SETTINGS
 from cachefs.cli.reference import DOCUMENTS
 from cachefs.fuse.errno_map import ERRNO
@@ -52,6 +52,12 @@ def test_the_keys_of_status_are_documented() -> None:
     assert keys_of("Top level") == list(status.collect("/nonexistent"))
     assert sorted(keys_of("An element of `mounts`")) == sorted(status.MOUNT_KEYS)
     assert sorted(keys_of("An element of `agents`")) == sorted(status.AGENT_KEYS)
+
+
+def test_the_keys_of_peers_are_documented() -> None:
+    told = peers.describe_cluster({"cluster": {"members": [{}]}})
+    assert sorted(keys_of("An element of `clusters`")) == sorted(told)
+    assert sorted(keys_of("An element of `members`")) == sorted(peers.MEMBER_KEYS) == sorted(told["members"][0])
 
 
 def test_every_command_has_a_module_that_exists() -> None:

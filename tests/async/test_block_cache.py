@@ -114,7 +114,7 @@ async def test_an_unknown_error_is_translated_and_ends_nothing(place: Path) -> N
 
 async def test_a_body_of_the_wrong_length_is_an_error(place: Path) -> None:
     async with opened(place) as rig:
-        rig.source.read_into = lambda version, start, buffers: iter(())  # type: ignore[method-assign]
+        rig.source.read_blocks = lambda version, start, buffers: iter(())  # type: ignore[method-assign]
         with pytest.raises(errors.BadBody):
             await rig.fill(obj("a"))
         assert rig.cache.has(block_key(oid(obj("a")), 0)) is None
@@ -306,3 +306,20 @@ async def test_model(program: list[tuple[int, int, int, bool, Priority]], shm: i
 
 def test_nothing_is_left_in_shm() -> None:
     assert not [name for name in os.listdir("/dev/shm") if name.startswith(f"cachefs-test-{os.getpid()}")]
+
+
+async def test_what_comes_from_peers_is_told_from_what_comes_from_the_store(tmp_path):
+    async with opened(tmp_path) as rig:
+        version = obj("mixed", 6)
+        plain = rig.source.read_blocks
+
+        def mixed(version, start, buffers):
+            for count, _ in plain(version, start, buffers):
+                yield count, Tier.PEER if count % 2 else Tier.ORIGIN
+
+        rig.source.read_blocks = mixed  # type: ignore[method-assign]
+        filled = await rig.fill(version, 0, 3)
+        assert [block.source for block in filled] == [Tier.PEER, Tier.ORIGIN, Tier.PEER]
+        await rig.settled()
+        assert (rig.counters.get("peer_fills"), rig.counters.get("origin_fills")) == (2, 1)
+        assert rig.counters.get("peer_fill_bytes") == 2 * rig.counters.get("origin_fill_bytes")

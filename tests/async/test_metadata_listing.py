@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,20 @@ async def test_a_fresh_listing_makes_no_request(writer, store, nursery):
     assert (await lister.list_directory(ROOT_INO, None)).complete
     assert (await lister.list_directory(ROOT_INO, b"a")).complete
     assert store.pages == [None]
+
+
+async def test_pages_that_may_be_old_count_as_old(writer, store, nursery):
+    """They come from another node, which may have asked the store some seconds ago."""
+    store.put("v/a", b"x")
+    section = MetadataConfig(metadata_ttl_s=60.0)
+    lister = Lister(writer, store, "v", Freshness(section), in_thread, nursery, age_s=15.0)
+    progress = await lister.list_directory(ROOT_INO, None)
+    assert progress.complete
+    assert 44 < progress.valid_s <= 45
+    known = writer.reader.dentry(ROOT_INO, b"a")
+    assert known is not None
+    age_s = (time.time_ns() - known.checked_ns) / 1e9
+    assert 15 <= age_s < 17
 
 
 async def test_many_waiters_share_one_listing(writer, store, nursery):

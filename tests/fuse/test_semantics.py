@@ -6,7 +6,8 @@
     M5                          test_commands.py       many mounts test_shared_agent.py
     N5                          test_dots.py           R2 (next open), M7  test_changed_names.py
     M12                         test_versions.py       M13         test_full_disk.py
-    M14, M15                    test_successors.py
+    M14, M15                    test_successors.py     M16         test_isolation.py
+    M17                         test_memory_limit.py   P1 to P8    tests/peer, tests/cluster
 
 The core (names, bytes, attributes) is tested with both engines.
 """

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 import trio
 
 from cachefs import errors
-from cachefs.agent.volumes import CurrentStore, Volume
+from cachefs.agent.volumes import CurrentStore, Sources, Volume
 from cachefs.block.block_cache import BlockCache, Priority
 from cachefs.block.lmdb_tier import TierWriter
 from cachefs.block.tier_reader import TierReader
@@ -124,7 +124,17 @@ async def open_filesystem(directory: Path, store: MemoryStore, consistency: Cons
             BlockCache(shm, disk, block_size=BLOCK, memory_limit_bytes=256 << 20, counters=counters) as cache,
             trio.open_nursery() as nursery,
         ):
-            volume = Volume("v", "memory://", "", current, writer, Freshness(rules), run_blocking, nursery)
+            volume = Volume(
+                "v",
+                "memory://",
+                "",
+                current,
+                writer,
+                Freshness(rules),
+                run_blocking,
+                nursery,
+                Sources(current, current),
+            )
             blocks = cast("TierReader", TierView(shm))
             reads = ReadPath(writer.reader, blocks, store.endpoint, store.bucket, BLOCK)
             attributes = AttributeRules.create(FuseConfig(), 0, 0)

@@ -39,7 +39,12 @@ class Source:
     def content(version: ObjectVersion) -> bytes:
         return random.Random(f"{version.key}{version.etag}").randbytes(version.size)
 
-    def read_into(self, version: ObjectVersion, start: int, buffers: Sequence[memoryview]) -> Iterator[int]:
+    def route(self, version: ObjectVersion, start: int) -> Source:
+        return self
+
+    def read_blocks(
+        self, version: ObjectVersion, start: int, buffers: Sequence[memoryview]
+    ) -> Iterator[tuple[int, Tier]]:
         length = sum(map(len, buffers))
         with self._lock:
             self.calls.append((version.key, start, length))
@@ -49,7 +54,8 @@ class Source:
             assert self.gate.wait(20)
             if self.error is not None:
                 raise self.error
-            yield from pieces_of(self.content(version)[start : start + length], buffers)
+            for count in pieces_of(self.content(version)[start : start + length], buffers):
+                yield count, Tier.ORIGIN
         finally:
             with self._lock:
                 self.running -= 1

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -139,6 +140,36 @@ def test_a_block_is_read_into_the_place_that_is_given(directory: tuple[Tier, Pat
             assert isinstance(found, memoryview)
             assert found.obj is place.obj, "no memory of its own"
     assert tier.read(key(2), size, place) is None
+    tier.close()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_block_is_lent_where_it_lies(directory: tuple[Tier, Path], size: int) -> None:
+    tier = open_tier(directory[1], directory[0])
+    put(tier, [(key(1), payload(1, size))])
+    with tier.lend(key(1), size) as lent:
+        assert lent is not None
+        assert bytes(lent) == payload(1, size)
+        assert lent.readonly
+    for name, length in ((key(1), size + 1), (key(2), size)):
+        with tier.lend(name, length) as lent:
+            assert lent is None
+    tier.close()
+    with tier.lend(key(1), size) as lent:
+        assert lent is None
+
+
+def test_bytes_that_are_lent_stay_while_others_are_evicted(directory: tuple[Tier, Path]) -> None:
+    kind, path = directory
+    tier = open_tier(path, kind, limit=2 * MIB)
+    put(tier, [(key(0), payload(0))])
+    with tier.lend(key(0), BLOCK) as lent:
+        assert lent is not None
+        writer = threading.Thread(target=put, args=(tier, [(key(n), payload(n)) for n in range(1, 20)]))
+        writer.start()
+        writer.join(20)
+        assert not writer.is_alive(), "nobody waits for who has borrowed"
+        assert bytes(lent) == payload(0)
     tier.close()
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 
 from cachefs import runtime
 from cachefs.cli import room
-from cachefs.cli.load import build_config, load_config, validate
+from cachefs.cli.load import PEER_FILES, build_config, load_config, validate
 from cachefs.cli.options import SETTINGS, render
 from cachefs.config import GIB, KIB, MIB, Addressing, Config, Engine, LogFormat, LowLatency
 from cachefs.errors import ConfigError, UsageError
@@ -122,6 +122,7 @@ def absolute(config: Config) -> Config:
     def place(path: str) -> str:
         return os.path.abspath(path) if path else path
 
+    files: dict[str, Any] = {name: place(getattr(config.peer, name)) for name in PEER_FILES}
     return dataclasses.replace(
         config,
         s3=dataclasses.replace(config.s3, ca_bundle=place(config.s3.ca_bundle)),
@@ -131,6 +132,7 @@ def absolute(config: Config) -> Config:
             runtime_dir=place(cache.runtime_dir or "r"),
             shm_dir=place(cache.shm_dir or "s"),
         ),
+        peer=dataclasses.replace(config.peer, **files),
         log=dataclasses.replace(log, log_file=place(log.log_file)),
     )
 
@@ -264,6 +266,18 @@ def test_users_have_directories_of_their_own(monkeypatch: pytest.MonkeyPatch) ->
         ({"log_level": "loud"}, "--log-level loud: must be one of debug, info, warning, error"),
         ({"cache_dir": "/dev/null"}, "--cache-dir /dev/null: is not a directory"),
         ({"shm_dir": "/nonexistent"}, "--shm-dir /nonexistent: No such file"),
+        ({"etcd": "etcd:2379"}, "--etcd etcd:2379: must look like http://HOST:PORT"),
+        ({"etcd": "http://a:1,ftp://b:2"}, "--etcd ftp://b:2: must look like"),
+        ({"zone": "b"}, "--zone needs --etcd: without it there are no peers"),
+        ({"peer_insecure": True}, "--peer-insecure needs --etcd"),
+        ({"etcd": "http://a:1", "cluster": ""}, "--cluster '': must be a name"),
+        ({"etcd": "http://a:1", "cluster": "a/b"}, "--cluster 'a/b': must be a name"),
+        ({"etcd": "http://a:1", "node_name": "x" * 64}, "must be a name (letters"),
+        ({"etcd": "http://a:1", "peer_secret_file": "/nonexistent"}, "--peer-secret-file /nonexistent: no such file"),
+        ({"etcd": "http://a:1", "peer_cert": "/etc/hosts"}, "--peer-cert needs --peer-key as well"),
+        ({"etcd": "http://a:1", "etcd_user": "root"}, "--etcd-user needs --etcd-password-file as well"),
+        ({"etcd": "http://a:1", "advertise": "a:b:c:1x"}, "--advertise 'a:b:c:1x' is no address"),
+        ({"etcd": "http://a:1", "peer_listen": "host:port"}, "--peer-listen 'host:port' is no address"),
     ],
 )
 def test_what_cannot_work(options: dict[str, object], says: str) -> None:
@@ -274,6 +288,12 @@ def test_keys_in_an_address_are_refused_and_not_repeated() -> None:
     text = refused({"endpoint_url": "https://AKIAKEY:verysecret@s3.example.com"})
     assert "verysecret" not in text
     assert "keys do not belong into the address" in text
+
+
+def test_a_password_in_the_address_of_etcd_is_refused_and_not_repeated() -> None:
+    text = refused({"etcd": "http://root:verysecret@etcd:2379"})
+    assert "verysecret" not in text
+    assert text.startswith("--etcd http://***@etcd:2379: ")
 
 
 def test_a_shm_tier_larger_than_its_tmpfs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from cachefs.cli.options import (
     parse_typed,
     render,
 )
-from cachefs.config import GIB, KIB, MIB, Addressing
+from cachefs.config import GIB, KIB, MIB, Addressing, PeerConfig
 from cachefs.types import Consistency
 from tests.support.settings import TEXT, values
 
@@ -230,6 +230,16 @@ def test_addressing(arguments: list[str], expected: Addressing) -> None:
 def test_every_option_takes_every_value(each: Setting, draw: st.DataObject) -> None:
     value = draw.draw(values(each))
     assert run(f"--{each.key}={render(each, value)}")[each.field] == value
+
+
+def test_what_may_be_repeated_is_one_text_with_commas() -> None:
+    assert run("--etcd", "http://a:1", "--etcd=http://b:2,http://c:3")["etcd"] == "http://a:1,http://b:2,http://c:3"
+    setting = find_setting("etcd")
+    assert setting is not None
+    assert parse_typed(setting, ["http://a:1", "http://b:2"]) == "http://a:1,http://b:2"
+    with pytest.raises(ValueError, match="a list cannot be used here"):
+        parse_typed(setting, ["http://a:1", 2])
+    assert PeerConfig(etcd=" http://a:1, ,http://b:2,").etcd_endpoints == ("http://a:1", "http://b:2")
 
 
 def test_sections_limit_the_options() -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cachefs.cli.options import SETTINGS, Setting
-from cachefs.config import Addressing, Config, Engine, MetadataConfig, S3Config, as_plain, from_plain
+from cachefs.config import Addressing, Config, Engine, MetadataConfig, S3Config, as_plain, from_plain, split_address
 from tests.support.settings import configs
 
 
@@ -67,3 +67,23 @@ def test_every_section_rebuilds_on_its_own(draw: st.DataObject) -> None:
     for field in dataclasses.fields(Config):
         section = getattr(config, field.name)
         assert from_plain(type(section), as_plain(section)) == section
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("10.0.0.1", ("10.0.0.1", 0)),
+        ("node-1.example:7000", ("node-1.example", 7000)),
+        ("[fd00::1]:7000", ("fd00::1", 7000)),
+        ("[fd00::1]", ("fd00::1", 0)),
+        ("fe80::1%eth0", ("fe80::1%eth0", 0)),
+    ],
+)
+def test_addresses(text: str, expected: tuple[str, int]) -> None:
+    assert split_address(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", ":1", "a:b", "a:65536", "a:-1", "1:2:3", "[::1]x", "[]:1", "a b", "a/b:1", "a:²"])
+def test_what_is_no_address(text: str) -> None:
+    with pytest.raises(ValueError, match="is no address"):
+        split_address(text)

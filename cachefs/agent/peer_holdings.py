@@ -1,0 +1,132 @@
+"""What this node gives to its peers: the blocks of its tiers, fills by its block cache, pages of listings.
+
+The peer server asks from a thread of its own. Blocks that are in memory it gets at once, straight from the shm tier's
+map; what has to be fetched goes through the trio thread, as a question of a worker does, and joins what is on its way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import trio
+from peer.wire import ListingRequest
+
+from cachefs import errors
+from cachefs.agent.volumes import Volume
+from cachefs.block.block_cache import BlockCache
+from cachefs.block.codec import HEADER_SIZE
+from cachefs.block.flights import Filled
+from cachefs.block.lmdb_tier import TierWriter
+from cachefs.store.port import ListPage
+from cachefs.types import BlockKey, ObjectVersion, object_id
+from peer.listings import ListingPages
+from peer.ports import Fetched
+
+log = logging.getLogger(__name__)
+
+
+class PeerHoldings:
+    """See `peer.ports.Holdings`."""
+
+    def __init__(
+        self,
+        cache: BlockCache,
+        tiers: tuple[TierWriter | None, TierWriter | None],
+        volumes: Callable[[str], list[Volume]],
+        pages: ListingPages,
+        summary: Callable[[], dict[str, Any]],
+        nursery: trio.Nursery,
+    ) -> None:
+        """`tiers`: shm and disk; `volumes`: those with this name among peers that are held now."""
+        self._cache = cache
+        self._shm, self._disk = tiers
+        self._volumes = volumes
+        self._pages = pages
+        self._summary = summary
+        self._nursery = nursery
+        self._token = trio.lowlevel.current_trio_token()
+
+    @property
+    def block_size(self) -> int:
+        """See `Holdings.block_size`."""
+        return self._cache.block_size
+
+    @contextlib.contextmanager
+    def lend(self, key: BlockKey, length: int) -> Iterator[memoryview | None]:
+        """See `Holdings.lend`."""
+        if self._shm is None or key not in self._shm:
+            yield None
+            return
+        with self._shm.lend(key, length) as payload:
+            yield payload
+
+    def load(self, key: BlockKey, length: int) -> bytes | None:
+        """See `Holdings.load`."""
+        for tier in (self._shm, self._disk):
+            value = None if tier is None or key not in tier else tier.read(key, length)
+            if value is not None:
+                return bytes(memoryview(value)[HEADER_SIZE:])
+        return None
+
+    def fetch(self, volume: str, version: ObjectVersion, first: int, count: int, fetched: Fetched) -> None:
+        """See `Holdings.fetch`."""
+        try:
+            self._token.run_sync_soon(self._start, volume, version, first, count, fetched)
+        except trio.RunFinishedError:
+            fetched(errors.AgentUnavailable("this node is going away"))
+
+    def _start(self, volume: str, version: ObjectVersion, first: int, count: int, fetched: Fetched) -> None:
+        """In the trio thread."""
+        try:
+            held = self._held(volume, version.key)
+            if self._cache.carries:
+                self._nursery.start_soon(self._carry, held, version, first, count, fetched)
+                return
+            oid = object_id(held.store.endpoint, held.store.bucket, version)
+            self._cache.start(oid, version, held.blocks_from, first, count, lambda found: _tell(fetched, found))
+        except errors.CachefsError as error:
+            fetched(error)
+        except Exception as error:
+            log.exception("a question of another node failed")
+            fetched(errors.StorageUnavailable(f"{type(error).__name__}: {error}"))
+
+    async def _carry(self, held: Volume, version: ObjectVersion, first: int, count: int, fetched: Fetched) -> None:
+        """There is no shm tier that would hold the blocks until they are sent."""
+        cache = self._cache
+        oid = object_id(held.store.endpoint, held.store.bucket, version)
+        try:
+            async with cache.carriage.room(self, cache.carried_bytes(version, first, count)):
+                _tell(fetched, await cache.fill(oid, version, held.blocks_from, first, count, inline=True))
+        except errors.CachefsError as error:
+            fetched(error)
+        except Exception as error:
+            log.exception("a question of another node failed")
+            fetched(errors.StorageUnavailable(f"{type(error).__name__}: {error}"))
+
+    def _held(self, volume: str, key: str) -> Volume:
+        """Return the volume of this name. Raises NotFound."""
+        for held in self._volumes(volume):
+            if key.startswith(held.prefix):
+                return held
+        raise errors.NotFound("this node does not hold that volume")
+
+    def list_page(
+        self, volume: str, prefix: str, delimiter: str, token: str | None, limit: int, max_age_s: float
+    ) -> tuple[ListPage, float]:
+        """See `Holdings.list_page`."""
+        held = self._held(volume, prefix)
+        request = ListingRequest(
+            volume=volume, prefix=prefix, delimiter=delimiter, token=token, limit=limit, max_age_s=max_age_s
+        )
+        return self._pages.page(held.store, request)
+
+    def summary(self) -> dict[str, Any]:
+        """See `Holdings.summary`."""
+        return self._summary()
+
+
+def _tell(fetched: Fetched, found: list[Filled] | Exception) -> None:
+    fetched(found if isinstance(found, Exception) else {block.index: block.payload for block in found})

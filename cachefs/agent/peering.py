@@ -1,0 +1,264 @@
+"""The agent's part in a cluster: built here, plugged into volumes, and taken down. Only imported with `--etcd`.
+
+    Membership  <- etcd: who is there, who holds which volume; this node with what it holds
+    PeerServer  -> what others ask of this node (`cachefs.agent.peer_holdings`), in a thread of its own
+    Neighbours  -> whom the volumes of this node ask (`peer.source`, `peer.listings`)
+
+A node without etcd, or with nobody there, works as one without peers.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import platform
+import secrets
+import socket
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import trio
+import xxhash
+
+from cachefs import __version__, errors
+from cachefs.agent.peer_holdings import PeerHoldings
+from cachefs.agent.volumes import CurrentStore, Sources, Volume, Volumes
+from cachefs.block.block_cache import BlockCache
+from cachefs.block.lmdb_tier import TierWriter
+from cachefs.config import CacheConfig, MetadataConfig, PeerConfig, split_address
+from cachefs.metrics import Counters
+from cachefs.store.port import ObjectStore
+from cachefs.types import Consistency
+from peer.client import PeerClient
+from peer.credentials import PeerCredentials, check_listen
+from peer.etcd_settings import EtcdSettings
+from peer.identity import NodeIdentity
+from peer.listings import ListingPages, PeerListings, shared_age_s
+from peer.members import Member
+from peer.membership import Membership
+from peer.server import PeerServer
+from peer.source import Neighbours, PeerSource
+
+log = logging.getLogger(__name__)
+
+MIB = 1 << 20
+ASKED_AT_ONCE = 16
+LEAVE_S = 2.0
+
+
+class Peering:
+    """Peers of one agent. Made in the trio thread, before the volumes."""
+
+    def __init__(self, config: PeerConfig, cache: CacheConfig, counters: Counters) -> None:
+        """Raises UsageError for settings that cannot work."""
+        self._config = config
+        self._cache = cache
+        self._counters = counters
+        self._credentials = PeerCredentials(config.peer_cert, config.peer_key, config.peer_ca, config.peer_secret_file)
+        self._pages = ListingPages()
+        self.client = PeerClient(self._credentials, counters=counters)
+        self._volumes: Volumes | None = None
+        self._server: PeerServer | None = None
+        self._membership: Membership | None = None
+        self._neighbours: Neighbours | None = None
+        self._staying = trio.CancelScope()
+        self._left = trio.Event()
+
+    async def start(
+        self,
+        nursery: trio.Nursery,
+        cache: BlockCache,
+        tiers: tuple[TierWriter | None, TierWriter | None],
+        volumes: Volumes,
+        summary: Callable[[], dict[str, Any]],
+    ) -> None:
+        """Listen, and join the cluster in the background. Raises UsageError, OSError when it cannot listen."""
+        self._volumes = volumes
+        host, port = await trio.to_thread.run_sync(self._own_address)
+        listen, listen_port = split_address(self._config.peer_listen) if self._config.peer_listen else (host, port)
+        check_listen(listen, self._credentials, self._config.peer_insecure)
+        holdings = PeerHoldings(cache, tiers, self._held, self._pages, lambda: summary_of(summary()), nursery)
+        server = PeerServer(holdings, credentials=self._credentials, counters=self._counters)
+        bound = await trio.to_thread.run_sync(server.start, listen, listen_port)
+        self._server = server
+        identity = NodeIdentity(Path(self._cache.cache_dir))
+        member = Member(
+            node_id=await trio.to_thread.run_sync(identity.node_id),
+            name=self._config.node_name or platform.node(),
+            address=join_address(host, port or bound),
+            zone=self._config.zone,
+            weight=max(1, (self._cache.shm_size_bytes + self._cache.cache_size_bytes) // MIB),
+            instance=secrets.token_hex(8),
+            version=__version__,
+            tls=self._credentials.tls,
+        )
+        membership = Membership(self._etcd_settings(), member, redraw_id=identity.redraw, counters=self._counters)
+        self._membership = membership
+        self._neighbours = Neighbours(
+            self.client,
+            lambda: membership.view,
+            lambda: membership.member.node_id,
+            zone=self._config.zone,
+            block_size=cache.block_size,
+            counters=self._counters,
+        )
+        await nursery.start(self._stay)
+        log.info("peers of cluster %r reach this node at %s", self._config.cluster, member.address)
+
+    async def _stay(self, task_status: trio.TaskStatus[None]) -> None:
+        """Be a member until `leave`."""
+        assert self._membership is not None
+        with self._staying:
+            await self._membership.run(task_status=task_status)
+        self._left.set()
+
+    def _etcd_settings(self) -> EtcdSettings:
+        config = self._config
+        return EtcdSettings(
+            endpoints=config.etcd_endpoints,
+            cluster=config.cluster,
+            ca=_path(config.etcd_ca),
+            cert=_path(config.etcd_cert),
+            key=_path(config.etcd_key),
+            user=config.etcd_user or None,
+            password_file=_path(config.etcd_password_file),
+        )
+
+    def _own_address(self) -> tuple[str, int]:
+        """Return where others reach this node; port 0: any. BLOCKS (a name may have to be looked up)."""
+        if self._config.advertise:
+            return split_address(self._config.advertise)
+        return address_towards(self._config.etcd_endpoints[0]), 0
+
+    # -- for volumes ---------------------------------------------------------------------------------------------------
+
+    def sources(self, store: CurrentStore, prefix: str, rules: MetadataConfig) -> Sources:
+        """Return where the blocks and listings of a volume come from."""
+        assert self._neighbours is not None
+        name = volume_name(store, prefix)
+        blocks = PeerSource(name, store, self._neighbours, lambda: store.max_requests)
+        ttl_s = math.inf if rules.consistency is Consistency.IMMUTABLE else rules.metadata_ttl_s
+        if rules.consistency is Consistency.STRICT or not ttl_s:
+            return Sources(blocks, store)
+        age_s = shared_age_s(ttl_s)
+        return Sources(blocks, PeerListings(name, store, self._neighbours, self._pages, age_s), age_s)
+
+    def volumes_changed(self) -> None:
+        """Mounts came or went: tell the cluster what this node holds."""
+        if self._membership is not None and self._volumes is not None:
+            self._membership.set_volumes(frozenset(map(_name, self._volumes.mounted())))
+
+    def _held(self, name: str) -> list[Volume]:
+        return [] if self._volumes is None else [v for v in self._volumes.mounted() if _name(v) == name]
+
+    # -- for people ----------------------------------------------------------------------------------------------------
+
+    def status(self, *, ask: bool) -> dict[str, Any]:
+        """Return the cluster as this node sees it; with `ask` every member is asked how it is. BLOCKS."""
+        membership = self._membership
+        assert membership is not None
+        state = membership.state()
+        view = membership.view
+        held = {volume: [member.name for member in holders] for volume, holders in view.holders.items()}
+        members = sorted(view.members.values(), key=lambda member: (member.name, member.node_id))
+        with ThreadPoolExecutor(ASKED_AT_ONCE, thread_name_prefix="ask-peers") as threads:
+            described = list(threads.map(lambda member: self._describe(member, ask=ask), members))
+        return {
+            "cluster": self._config.cluster,
+            "node_id": membership.member.node_id,
+            "etcd": state,
+            "server": {} if self._server is None else self._server.state(),
+            "volumes": held,
+            "members": described,
+        }
+
+    def _describe(self, member: Member, *, ask: bool) -> dict[str, Any]:
+        assert self._membership is not None
+        mine = member.node_id == self._membership.member.node_id
+        described: dict[str, Any] = {
+            "node_id": member.node_id,
+            "name": member.name,
+            "address": member.address,
+            "zone": member.zone,
+            "version": member.version,
+            "protocol": member.protocol,
+            "weight": member.weight,
+            "self": mine,
+            **self.client.health(member),
+        }
+        if ask:
+            try:
+                described["summary"] = self.client.status(member)
+            except errors.CachefsError as error:
+                described["error"] = str(error)
+        return described
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    async def leave(self) -> None:
+        """Leave the cluster, and stop serving it. Takes at most some seconds."""
+        with trio.move_on_after(LEAVE_S, shield=True):
+            self._staying.cancel()
+            await self._left.wait()
+        self.client.close()
+        if self._server is not None:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self._server.close)
+
+
+def summary_of(status: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what other nodes are told of this one: no paths and no names of mounts."""
+    counters = status["counters"]
+    hits = counters.get("disk_hits", 0) + sum(
+        mount["counters"].get("shm_hits", 0) for mount in status["mounts"].values()
+    )
+    fills = counters.get("origin_fills", 0) + counters.get("peer_fills", 0)
+    tiers = {
+        name: {key: status["tiers"][name].get(key) for key in ("state", "used_bytes", "limit_bytes", "blocks")}
+        for name in ("shm", "disk")
+    }
+    return {
+        "version": status["version"],
+        "uptime_s": status["uptime_s"],
+        "tiers": tiers,
+        "counters": counters,
+        "hit_ratio": hits / (hits + fills) if hits + fills else None,
+    }
+
+
+def _path(text: str) -> Path | None:
+    return Path(text) if text else None
+
+
+def volume_name(store: ObjectStore, prefix: str) -> str:
+    """Return what a volume is called among peers: nodes that reach it at the same address share it."""
+    parts = (store.endpoint, store.bucket, prefix)
+    return xxhash.xxh3_64_hexdigest("\0".join(parts).encode("utf-8", "surrogateescape"))
+
+
+def _name(volume: Volume) -> str:
+    return volume_name(volume.store, volume.prefix)
+
+
+def address_towards(url: str) -> str:
+    """Return the local address from which packets to a URL's host would leave. BLOCKS. Raises UsageError."""
+    parts = urlsplit(url)
+    try:
+        found = socket.getaddrinfo(parts.hostname, parts.port or 2379, type=socket.SOCK_DGRAM)
+        family, kind, protocol, _, address = found[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)  # sends nothing: it only chooses a route
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise errors.UsageError(
+            f"no way to {url} can be found ({error.strerror or error}): "
+            "say with --advertise where others reach this node"
+        ) from error
+
+
+def join_address(host: str, port: int) -> str:
+    """Return HOST:PORT, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

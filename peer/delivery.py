@@ -1,0 +1,326 @@
+"""The blocks of one question, in its order, from wherever they are: memory, disk, or our own sources.
+
+    sender  (the connection's task)   block by block: from the memory map if it is there; else it wakes the provider,
+                                      waits for what that finds, and says WAIT meanwhile
+    provider (a task, when needed)    goes ahead of the sender: blocks of the disk tier are read in threads, what is
+                                      in no tier is fetched run by run, as if a reader of this node had asked
+
+What moves: `_found`, by number of the block. A block that is being fetched is looked for in memory every `LOOK_S`, so
+the first of a range goes out while the last are still coming in.
+
+What always holds: bytes that are held here were granted before (`Rooms`). Within one question room is taken in the
+order of its blocks and given back in that order, so the block that the sender needs next always has its own: questions
+cannot wait for each other in a circle. Room for a fetch is given back when its result has come, whoever still waits.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import trio
+
+from cachefs import errors
+from peer import wire
+from peer.frames import Frames
+from peer.ports import Holdings
+from peer.room import ByteRoom
+from peer.wire import BatchRequest, FrameStatus, WantedBlock
+
+LOOK_S = 0.02
+AHEAD_BYTES = 4 << 20
+"""How far the provider goes ahead of the sender."""
+LOAD_BYTES = 1 << 20
+"""Small blocks of the disk tier are read several at a time: a thread costs 100 us."""
+FETCH_BYTES = 8 << 20
+
+
+class Rooms:
+    """What all questions to one server may hold together."""
+
+    def __init__(self, questions: int, copied_bytes: int, fetched_bytes: int, loading: int) -> None:
+        self.questions = trio.CapacityLimiter(questions)
+        self.copied = ByteRoom(copied_bytes)
+        self.fetched = ByteRoom(fetched_bytes)
+        self.loading = trio.CapacityLimiter(loading)
+
+
+class _Place(enum.Enum):
+    MEMORY = enum.auto()
+    """It was there a moment ago."""
+    COMING = enum.auto()
+    """It is being fetched."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Bytes:
+    """In memory of ours."""
+
+    payload: bytes
+    room: ByteRoom
+
+
+@dataclass(frozen=True, slots=True)
+class _Nothing:
+    """There will be none."""
+
+    status: FrameStatus
+    reason: str = ""
+
+
+_Found = _Place | _Bytes | _Nothing
+
+
+class Delivery:
+    """The answer to one `BatchRequest`."""
+
+    def __init__(
+        self,
+        request: BatchRequest,
+        blocks: Sequence[WantedBlock],
+        holdings: Holdings,
+        rooms: Rooms,
+        frames: Frames,
+    ) -> None:
+        """`blocks`: those of `request`."""
+        self._request = request
+        self._blocks = blocks
+        self._holdings = holdings
+        self._rooms = rooms
+        self._frames = frames
+        self._found: dict[int, _Found] = {}
+        self._changed = trio.Event()
+        self._moved = trio.Event()
+        self._at = 0
+        """The number of the block that the sender is at."""
+        self._ends = list(itertools.accumulate(block.length for block in blocks))
+        self._over = False
+        self._providing = False
+        self.sent_blocks = self.sent_bytes = 0
+
+    async def run(self) -> None:
+        """Send all frames. Raises ConnectionLost."""
+        trouble: Exception | None = None
+        async with trio.open_nursery() as nursery:
+            try:
+                await self._wait_for_admission(nursery)
+                for block in self._blocks:
+                    self._at = block.number
+                    self._moved.set()
+                    await self._send(block, nursery)
+            except Exception as error:  # noqa: BLE001 - raised below, where the nursery does not wrap it
+                trouble = error
+            finally:
+                self._over = True
+                self._let_go()
+                nursery.cancel_scope.cancel()
+        if trouble is not None:
+            raise trouble
+
+    async def _wait_for_admission(self, nursery: trio.Nursery) -> None:
+        admitted = trio.Event()
+
+        async def hold_a_place() -> None:
+            async with self._rooms.questions:
+                admitted.set()
+                await trio.sleep_forever()
+
+        nursery.start_soon(hold_a_place)
+        while not admitted.is_set():
+            await self._frames.pause(admitted, 0)
+
+    # -- the sender ----------------------------------------------------------------------------------------------------
+
+    async def _send(self, block: WantedBlock, nursery: trio.Nursery) -> None:
+        tries = 0
+        while True:
+            found = self._found.get(block.number)
+            if isinstance(found, _Bytes):
+                await self._frames.payload(FrameStatus.OK, block.number, found.payload)
+                self._drop(block.number)
+                break
+            if isinstance(found, _Nothing):
+                await self._frames.payload(found.status, block.number, wire.reason_bytes(found.reason))
+                return
+            if await self._frames.lent(block.number, block.key, block.length):
+                self._drop(block.number)
+                break
+            if found is _Place.MEMORY:
+                tries += 1
+                await self._look_again(block, tries)
+            elif not self._providing:
+                self._providing = True
+                nursery.start_soon(self._provide, block.number)
+            else:
+                await self._frames.pause(self._changed, block.number, LOOK_S if found is _Place.COMING else math.inf)
+        self.sent_blocks += 1
+        self.sent_bytes += block.length
+
+    async def _look_again(self, block: WantedBlock, tries: int) -> None:
+        """A block has left the memory since it was seen there: a tier below has it, or it is lost."""
+        self._rooms.copied.take_over(block.length)
+        payload = None
+        try:
+            payload = await self._load([block])
+        finally:
+            if payload is None or payload[0] is None:
+                self._rooms.copied.give_back(block.length)
+        if payload[0] is not None:
+            self._found[block.number] = _Bytes(payload[0], self._rooms.copied)
+        elif tries > 1:
+            self._found[block.number] = _Nothing(FrameStatus.FAILED, "the block did not stay")
+        else:
+            await self._frames.pause(trio.Event(), block.number, LOOK_S)
+
+    def _drop(self, number: int) -> None:
+        found = self._found.pop(number, None)
+        if isinstance(found, _Bytes):
+            found.room.give_back(len(found.payload))
+
+    def _let_go(self) -> None:
+        for number in list(self._found):
+            self._drop(number)
+
+    def _tell(self) -> None:
+        changed, self._changed = self._changed, trio.Event()
+        changed.set()
+
+    # -- the provider --------------------------------------------------------------------------------------------------
+
+    async def _provide(self, first: int) -> None:
+        number = first
+        while number < len(self._blocks):
+            await self._not_too_far(number)
+            group = self._absent_from_memory(number)
+            if group:
+                await self._take_from_disk(group)
+            number = group[-1].number + 1 if group else number + 1
+            self._tell()
+
+    async def _not_too_far(self, number: int) -> None:
+        while number > self._at and self._ends[number - 1] - self._ends[self._at] > AHEAD_BYTES:
+            self._moved = trio.Event()
+            await self._moved.wait()
+
+    def _absent_from_memory(self, number: int) -> list[WantedBlock]:
+        """Return the next blocks that have to be looked for elsewhere: as many as are read at once."""
+        group: list[WantedBlock] = []
+        total = 0
+        for block in self._blocks[number:]:
+            total += block.length
+            if group and total > LOAD_BYTES:
+                break
+            if block.number in self._found or self._in_memory(block):
+                if group:
+                    break
+                return []
+            group.append(block)
+        return group
+
+    def _in_memory(self, block: WantedBlock) -> bool:
+        with self._holdings.lend(block.key, block.length) as payload:
+            if payload is None:
+                return False
+        self._found[block.number] = _Place.MEMORY
+        return True
+
+    async def _take_from_disk(self, group: Sequence[WantedBlock]) -> None:
+        granted = 0
+        try:
+            for block in group:
+                await self._rooms.copied.take(block.length)
+                granted += block.length
+            payloads = await self._load(group)
+            for block, payload in zip(group, payloads, strict=True):
+                if payload is not None and block.number >= self._at:
+                    granted -= block.length
+                    self._found[block.number] = _Bytes(payload, self._rooms.copied)
+        finally:
+            self._rooms.copied.give_back(granted)
+        self._tell()
+        for block in group:
+            if block.number not in self._found and block.number >= self._at:
+                await self._fetch_from(block)
+
+    async def _load(self, blocks: Sequence[WantedBlock]) -> list[bytes | None]:
+        def load() -> list[bytes | None]:
+            return [self._holdings.load(block.key, block.length) for block in blocks]
+
+        return await trio.to_thread.run_sync(load, limiter=self._rooms.loading)
+
+    async def _fetch_from(self, block: WantedBlock) -> None:
+        """Have this block brought, and what follows it in its run."""
+        if self._request.only_cached:
+            for following in self._blocks[block.number :]:  # whoever asks gives up at the first that is not there
+                if following.run == block.run:
+                    self._drop(following.number)
+                    self._found[following.number] = _Nothing(FrameStatus.ABSENT)
+            self._tell()
+            return
+        blocks: list[WantedBlock] = []
+        total = 0
+        for following in self._blocks[block.number :]:
+            total += following.length
+            if following.run != block.run or following.number in self._found or (blocks and total > FETCH_BYTES):
+                break
+            blocks.append(following)
+        await self._rooms.fetched.take(sum(each.length for each in blocks))
+        for each in blocks:
+            self._found[each.number] = _Place.COMING
+        fetch = _Fetch(self, blocks, self._rooms.fetched, trio.lowlevel.current_trio_token())
+        version = self._request.runs[block.run].version
+        try:
+            self._holdings.fetch(self._request.volume, version, block.index, len(blocks), fetch.called)
+        except Exception as error:
+            fetch.called(error)
+            raise
+
+    def brought(self, block: WantedBlock, result: Mapping[int, bytes | None] | Exception, room: ByteRoom) -> None:
+        """The fetch of a block is over; its room is ours to give back."""
+        payload = None if isinstance(result, Exception) else result.get(block.index)
+        if payload is not None and len(payload) == block.length and block.number >= self._at and not self._over:
+            self._found[block.number] = _Bytes(payload, room)
+            return
+        room.give_back(block.length)
+        if self._over:
+            return
+        if isinstance(result, errors.NotFound):
+            self._found[block.number] = _Nothing(FrameStatus.ABSENT, str(result))
+        elif isinstance(result, Exception):
+            self._found[block.number] = _Nothing(FrameStatus.FAILED, str(result))
+        elif block.index in result and payload is None:
+            self._found[block.number] = _Place.MEMORY
+        else:
+            self._found[block.number] = _Nothing(FrameStatus.FAILED, "the block was not brought")
+
+    def brought_all(self) -> None:
+        """The sender may look."""
+        self._tell()
+
+
+class _Fetch:
+    """One call of `Holdings.fetch`: it outlives the question when the asker goes away."""
+
+    def __init__(
+        self, delivery: Delivery, blocks: Sequence[WantedBlock], room: ByteRoom, token: trio.lowlevel.TrioToken
+    ) -> None:
+        self._delivery = delivery
+        self._blocks = blocks
+        self._room = room
+        self._token = token
+
+    def called(self, result: Mapping[int, bytes | None] | Exception) -> None:
+        """Any thread."""
+        try:
+            self._token.run_sync_soon(functools.partial(self._deliver, result))
+        except trio.RunFinishedError:
+            pass  # the server is closed
+
+    def _deliver(self, result: Mapping[int, bytes | None] | Exception) -> None:
+        for block in self._blocks:
+            self._delivery.brought(block, result, self._room)
+        self._delivery.brought_all()

@@ -1,0 +1,1 @@
+"""Peers: membership, placement and transfer, against real servers on loopback."""

@@ -97,6 +97,7 @@ class Agent:
 
     async def _live(self, on_ready: Callable[[], None]) -> None:
         paths = AgentPaths.create(self._config)
+        peering = self._make_peering()
         guard = CrashGuard(paths.cache_dir)
         guard.begin([paths.disk, paths.volumes.in_use], in_memory=[paths.shm] if is_own(paths.shm) else [])
         self._settle_block_size(paths.disk)
@@ -107,7 +108,7 @@ class Agent:
         tiers = [tier for tier in (shm, disk) if tier is not None]
         attached = 0
         volumes: Volumes | None = None
-        peering = self._make_peering()
+        refused: Exception | None = None
         try:
             async with (
                 BlockCache(
@@ -119,24 +120,25 @@ class Agent:
                 ) as cache,
                 trio.open_nursery() as nursery,
             ):
-                serving = volumes = Volumes(
+                volumes = Volumes(
                     paths.volumes, self._config, self._run_blocking, self._housework, nursery,
                     None if disk is None else disk.give_back, self._peer, None if peering is None else peering.sources,
                 )  # fmt: skip
                 report = Report(self._config, self._counters, self._reasons, self._log_file)
                 volumes.handicaps = functools.partial(report.handicaps, paths, cache)
-
-                def status(ask_peers: bool) -> dict[str, Any]:
-                    peers = None if peering is None else peering.status(ask=ask_peers)
-                    return {**report.status(cache, serving), "cluster": peers}
-
+                alone = functools.partial(report.status, cache, volumes)
+                if peering is not None:
+                    try:
+                        await peering.start(nursery, cache, (shm, disk), volumes, alone)
+                    except errors.CachefsError as error:
+                        refused = error  # a nursery would put it into a group
+                        nursery.cancel_scope.cancel()
                 server = Server(
                     cache, volumes, self._config.block_size_bytes, None if shm is None else str(paths.shm),
-                    None if disk is None else str(paths.disk), status, self._stopped.set,
-                    lambda: None if peering is None else peering.volumes_changed(),
+                    None if disk is None else str(paths.disk), functools.partial(_with_cluster, alone, peering),
+                    self._stopped.set, lambda: None if peering is None else peering.volumes_changed(),
                 )  # fmt: skip
-                if peering is not None:
-                    await peering.start(nursery, cache, (shm, disk), volumes, lambda: report.status(cache, serving))
+                await trio.lowlevel.checkpoint()
                 nursery.start_soon(self._presence.serve, server.serve, nursery)
                 nursery.start_soon(self._keep_house, cache, disk, volumes)
                 nursery.start_soon(self._watch_idle, server, volumes)
@@ -163,6 +165,8 @@ class Agent:
             inheritance.forget_settings(self._config)
             if is_own(paths.shm):
                 shutil.rmtree(paths.shm, ignore_errors=True)
+        if refused is not None:
+            raise refused
         log.info("cachefs agent ends")
 
     async def _run_blocking(self, threads: trio.CapacityLimiter, function: Callable[..., T], *args: Any) -> T:
@@ -307,6 +311,11 @@ class Agent:
                 log.info("%s", signal.Signals(number).name)
                 self._signalled = True
                 self._stopped.set()
+
+
+def _with_cluster(alone: Callable[[], dict[str, Any]], peering: Peering | None, ask_peers: bool) -> dict[str, Any]:
+    """Return the status of an agent, with that of its cluster."""
+    return {**alone(), "cluster": None if peering is None else peering.status(ask=ask_peers)}
 
 
 def _writes_metadata(function: Callable[..., object]) -> bool:

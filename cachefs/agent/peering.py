@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import platform
 import secrets
 import socket
@@ -75,14 +76,19 @@ class Peering:
         volumes: Volumes,
         summary: Callable[[], dict[str, Any]],
     ) -> None:
-        """Listen, and join the cluster in the background. Raises UsageError, OSError when it cannot listen."""
+        """Listen, and join the cluster. Raises UsageError, also when it cannot listen there."""
         self._volumes = volumes
         host, port = await trio.to_thread.run_sync(self._own_address)
         listen, listen_port = split_address(self._config.peer_listen) if self._config.peer_listen else (host, port)
         check_listen(listen, self._credentials, self._config.peer_insecure)
         holdings = PeerHoldings(cache, tiers, self._held, self._pages, lambda: summary_of(summary()), nursery)
         server = PeerServer(holdings, credentials=self._credentials, counters=self._counters)
-        bound = await trio.to_thread.run_sync(server.start, listen, listen_port)
+        try:
+            bound = await trio.to_thread.run_sync(server.start, listen, listen_port)
+        except OSError as error:
+            why = os.strerror(error.errno) if error.errno else str(error)
+            where = join_address(listen, listen_port)
+            raise errors.UsageError(f"other nodes cannot be served at {where}: {why} (--peer-listen)") from error
         self._server = server
         identity = NodeIdentity(Path(self._cache.cache_dir))
         member = Member(

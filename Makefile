@@ -9,7 +9,7 @@ JOBS := 2
 PYTEST := $(PYTHON) -m pytest -n $(JOBS) --dist worksteal $(if $(K),-k "$(K)") $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check lint types imports format bench docs constraints clean
+.PHONY: help setup demo test test-all check lint types imports format bench cluster docs constraints clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ format: setup ## Format the code and sort imports.
 bench: ## Compare with other file systems on this machine (25 minutes).
 	@scripts/setup --bench
 	$(PYTHON) -m bench $(ARGS)
+
+cluster: setup ## A cluster of three nodes on this machine, to play with (root; ARGS="down" takes it away).
+	$(PYTHON) -m tests.cluster $(if $(ARGS),$(ARGS),up)
 
 docs: setup ## Write the generated documents anew.
 	$(PYTHON) -m cachefs.cli.reference docs

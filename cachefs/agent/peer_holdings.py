@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import trio
-from peer.wire import ListingRequest
 
 from cachefs import errors
 from cachefs.agent.volumes import Volume
@@ -24,6 +23,7 @@ from cachefs.store.port import ListPage
 from cachefs.types import BlockKey, ObjectVersion, object_id
 from peer.listings import ListingPages
 from peer.ports import Fetched
+from peer.wire import ListingRequest
 
 log = logging.getLogger(__name__)
 
@@ -61,13 +61,16 @@ class PeerHoldings:
             yield None
             return
         with self._shm.lend(key, length) as payload:
+            if payload is not None:
+                self._shm.touch([key])
             yield payload
 
     def load(self, key: BlockKey, length: int) -> bytes | None:
         """See `Holdings.load`."""
         for tier in (self._shm, self._disk):
             value = None if tier is None or key not in tier else tier.read(key, length)
-            if value is not None:
+            if tier is not None and value is not None:
+                tier.touch([key])
                 return bytes(memoryview(value)[HEADER_SIZE:])
         return None
 

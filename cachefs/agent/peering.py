@@ -25,6 +25,7 @@ import trio
 import xxhash
 
 from cachefs import __version__, errors
+from cachefs.agent.inheritance import living_mounts
 from cachefs.agent.peer_holdings import PeerHoldings
 from cachefs.agent.volumes import CurrentStore, Sources, Volume, Volumes
 from cachefs.block.block_cache import BlockCache
@@ -48,6 +49,10 @@ log = logging.getLogger(__name__)
 MIB = 1 << 20
 ASKED_AT_ONCE = 16
 LEAVE_S = 2.0
+JOIN_WAIT_S = 3.0
+"""How long a new agent waits to know the cluster before it serves: it would ask the store for what others have."""
+REJOIN_WAIT_S = 0.3
+"""The same when there are mounts already, whose readers wait for it."""
 
 
 class Peering:
@@ -65,6 +70,7 @@ class Peering:
         self._server: PeerServer | None = None
         self._membership: Membership | None = None
         self._neighbours: Neighbours | None = None
+        self._joined = trio.Event()
         self._staying = trio.CancelScope()
         self._left = trio.Event()
 
@@ -111,14 +117,19 @@ class Peering:
             block_size=cache.block_size,
             counters=self._counters,
         )
-        await nursery.start(self._stay)
+        nursery.start_soon(self._stay)
+        reading = await trio.to_thread.run_sync(living_mounts, self._cache)
+        with trio.move_on_after(REJOIN_WAIT_S if reading else JOIN_WAIT_S):
+            await self._joined.wait()
         log.info("peers of cluster %r reach this node at %s", self._config.cluster, member.address)
 
-    async def _stay(self, task_status: trio.TaskStatus[None]) -> None:
+    async def _stay(self) -> None:
         """Be a member until `leave`."""
         assert self._membership is not None
         with self._staying:
-            await self._membership.run(task_status=task_status)
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self._membership.run)
+                self._joined.set()
         self._left.set()
 
     def _etcd_settings(self) -> EtcdSettings:
@@ -170,8 +181,12 @@ class Peering:
         view = membership.view
         held = {volume: [member.name for member in holders] for volume, holders in view.holders.items()}
         members = sorted(view.members.values(), key=lambda member: (member.name, member.node_id))
-        with ThreadPoolExecutor(ASKED_AT_ONCE, thread_name_prefix="ask-peers") as threads:
-            described = list(threads.map(lambda member: self._describe(member, ask=ask), members))
+        described = [self._describe(member) for member in members]
+        if ask:
+            with ThreadPoolExecutor(ASKED_AT_ONCE, thread_name_prefix="ask-peers") as threads:
+                described = [
+                    {**known, **told} for known, told in zip(described, threads.map(self._ask, members), strict=True)
+                ]
         return {
             "cluster": self._config.cluster,
             "node_id": membership.member.node_id,
@@ -181,10 +196,10 @@ class Peering:
             "members": described,
         }
 
-    def _describe(self, member: Member, *, ask: bool) -> dict[str, Any]:
+    def _describe(self, member: Member) -> dict[str, Any]:
         assert self._membership is not None
         mine = member.node_id == self._membership.member.node_id
-        described: dict[str, Any] = {
+        return {
             "node_id": member.node_id,
             "name": member.name,
             "address": member.address,
@@ -195,12 +210,12 @@ class Peering:
             "self": mine,
             **self.client.health(member),
         }
-        if ask:
-            try:
-                described["summary"] = self.client.status(member)
-            except errors.CachefsError as error:
-                described["error"] = str(error)
-        return described
+
+    def _ask(self, member: Member) -> dict[str, Any]:
+        try:
+            return {"summary": self.client.status(member)}
+        except errors.CachefsError as error:
+            return {"error": str(error)}
 
     # -- the end -------------------------------------------------------------------------------------------------------
 

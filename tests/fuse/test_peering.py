@@ -5,6 +5,7 @@ What happens to a cluster whose nodes and network fail is in tests/cluster.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ import trustme
 from cachefs.types import ObjectVersion, block_key, object_id
 from tests.support.etcd_server import EtcdServer
 from tests.support.machine import kill, wait_until
-from tests.support.mounts import REPOSITORY, Bucket, Mount, Node
+from tests.support.mounts import Bucket, Mount, Node
 from tests.support.programs import content, read_and_compare
 
 MIB = 1 << 20
@@ -89,7 +90,9 @@ def test_without_etcd_no_module_of_peers_is_loaded() -> None:
     code = (
         "import sys, cachefs.agent.main; print(sorted(m for m in sys.modules if m.split('.')[0] in ('peer', 'grpc')))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 
@@ -152,8 +155,12 @@ def test_a_name_that_appears_is_seen_within_its_time(
     bucket.put("new", b"x")
     since = time.monotonic()
     for mount in (one, two):
-        wait_until(lambda mount=mount: "new" in os.listdir(mount.path), 6, "the name is seen")
+        wait_until(functools.partial(_shows, mount, "new"), 6, "the name is seen")
         assert time.monotonic() - since < 5.5
+
+
+def _shows(mount: Mount, name: str) -> bool:
+    return name in os.listdir(mount.path)
 
 
 def test_an_agent_that_was_killed_is_the_same_node(
@@ -284,3 +291,20 @@ def test_a_node_that_is_stopped_costs_moments(
         kill(agent, signal.SIGCONT)
     assert counter(one.node, "peer_failures") > 0
     assert "EIO" not in one.node.full_log()
+
+
+def test_readers_do_not_wait_for_etcd_when_their_agent_has_died(
+    make_node: Callable[..., Node], etcd: EtcdServer, bucket: Bucket, options: list[str]
+) -> None:
+    node = make_node()
+    mount = node.mount(bucket.url, *options)
+    assert sorted(os.listdir(mount.path)) == sorted(OBJECTS)
+    etcd.pause()
+    try:
+        node.kill_agent()
+        since = time.monotonic()
+        assert (mount.path / "small").read_bytes() == OBJECTS["small"]
+        assert time.monotonic() - since < 2.5, "a new agent takes about one second here"
+    finally:
+        etcd.resume()
+    wait_for_members(node, os.uname().nodename)

@@ -96,6 +96,16 @@ ORIGIN_THROTTLED = _count(
     "origin_throttled", "Requests that the store refused because of their rate (503 SlowDown, 429)."
 )
 
+# etcd (`peer.membership`).
+ETCD_CONNECTIONS = _count("etcd_connections", "Sessions opened with etcd.")
+ETCD_FAULTS = _count("etcd_faults", "Sessions with etcd, or tries to open one, that ended with a fault.")
+ETCD_LISTS = _count("etcd_lists", "Times that all records of the cluster were read.")
+ETCD_EVENTS = _count("etcd_events", "Changes of records that etcd told of.")
+ETCD_LEASES = _count("etcd_leases", "Leases granted to this node.")
+ETCD_LEASES_LOST = _count("etcd_leases_lost", "Leases that were gone when they were to be renewed.")
+ETCD_RENEWALS = _count("etcd_renewals", "Renewals of the lease that were asked for.")
+ETCD_BAD_RECORDS = _count("etcd_bad_records", "Records of other nodes that were left out, because they make no sense.")
+
 # Peers: what this node asks of others (`peer.source`), and what it serves to them.
 PEER_REQUESTS = _count("peer_requests", "Requests for blocks that were sent to other nodes.")
 PEER_FAILURES = _count("peer_failures", "Requests that another node did not answer well; the next source was asked.")

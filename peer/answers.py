@@ -168,11 +168,9 @@ class Visitor:
             raise BadRequest(HTTPStatus.METHOD_NOT_ALLOWED, "not here", [("Allow", ", ".join(allowed))])
         await answer()
 
-    async def _start_frames(self) -> Frames:
+    def _frames(self) -> Frames:
         headers = [*self._headers(), ("Content-Type", wire.FRAMES_TYPE)]
-        stream = self._exchange.stream
-        await stream.send(self._exchange.head(HTTPStatus.OK, headers, None))
-        return Frames(self._exchange, self._shared.holdings)
+        return Frames(self._exchange, self._shared.holdings, self._exchange.head(HTTPStatus.OK, headers, None))
 
     async def _blocks(self) -> None:
         shared = self._shared
@@ -182,17 +180,16 @@ class Visitor:
             text = f"blocks have {shared.holdings.block_size} bytes here, not {request.block_size}"
             raise BadRequest(HTTPStatus.CONFLICT, text)
         blocks = wire.wanted_blocks(request)
-        delivery = Delivery(request, blocks, shared.holdings, shared.rooms, await self._start_frames())
+        delivery = Delivery(request, blocks, shared.holdings, shared.rooms, self._frames())
         try:
             await delivery.run()
         finally:
             shared.counters.add(metrics.PEER_SERVED_BLOCKS.name, delivery.sent_blocks)
             shared.counters.add(metrics.PEER_SERVED_BYTES.name, delivery.sent_bytes)
-        await self._exchange.end_chunks()
 
     async def _listing(self) -> None:
         request = wire.decode_listing_request(self._body)
-        frames = await self._start_frames()
+        frames = self._frames()
         listed = trio.Event()
         answer: list[tuple[FrameStatus, bytes]] = []
 
@@ -207,7 +204,7 @@ class Visitor:
                 while not listed.is_set():
                     await frames.pause(listed, 0)
                 answer.append((FrameStatus.FAILED, wire.reason_bytes("it took too long")))
-                await frames.payload(answer[0][0], 0, answer[0][1])
+                await frames.payload(answer[0][0], 0, answer[0][1], last=True)
                 failure = None
             except Exception as error:  # noqa: BLE001 - raised below, where the nursery does not wrap it
                 failure = error
@@ -216,7 +213,6 @@ class Visitor:
             raise failure
         if answer[0][0] is FrameStatus.OK:
             self._shared.counters.add(metrics.PEER_SERVED_LISTING_PAGES.name)
-        await self._exchange.end_chunks()
 
     async def _page(self, request: wire.ListingRequest) -> tuple[FrameStatus, bytes]:
         def list_page() -> bytes:
@@ -234,7 +230,9 @@ class Visitor:
             return FrameStatus.FAILED, wire.reason_bytes(str(error))
 
     async def _status(self) -> None:
-        summary = await trio.to_thread.run_sync(self._shared.holdings.summary, limiter=self._shared.listing)
+        summary = await trio.to_thread.run_sync(
+            self._shared.holdings.summary, limiter=self._shared.listing, abandon_on_cancel=True
+        )
         body = json.dumps({**summary, "server": self._shared.state()}).encode()
         await self._exchange.answer(HTTPStatus.OK, self._headers(), body, "application/json")
 
@@ -261,7 +259,9 @@ class Visitor:
             exchange.sent(length)
         else:
             async with shared.rooms.copied.taken(length):
-                found = await trio.to_thread.run_sync(shared.holdings.load, key, length, limiter=shared.rooms.loading)
+                found = await trio.to_thread.run_sync(
+                    shared.holdings.load, key, length, limiter=shared.rooms.loading, abandon_on_cancel=True
+                )
                 if found is None and not (head_only and self._is_in_memory(key, length)):
                     raise BadRequest(HTTPStatus.NOT_FOUND, "this node does not have that block")
                 await exchange.stream.send(exchange.head(HTTPStatus.OK, headers, length))

@@ -226,7 +226,8 @@ class PeerClient:
                 if not isinstance(error, (Closed, NoConnection)):
                     raise
                 if again or not connection.used:
-                    raise NoConnection(str(error)) from error
+                    doubt = "; does it accept our certificate?" if peer.tls and not connection.used else ""
+                    raise NoConnection(f"{error}{doubt}") from error
             else:
                 breaker.took(time.monotonic() - began)
                 return connection, answer

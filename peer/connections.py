@@ -164,6 +164,7 @@ class Connections:
         self._lock = threading.Lock()
         self._idle: dict[Place, list[Connection]] = {}
         self._lent: set[Connection] = set()
+        self._kept_in_all = 0
         self._look_at = 0.0
         self._open = True
 
@@ -184,6 +185,7 @@ class Connections:
             with self._lock:
                 kept = self._idle.get(place)
                 connection = kept.pop() if kept else None
+                self._kept_in_all -= connection is not None
             if connection is None or connection.fit:
                 return connection
             connection.close()
@@ -197,8 +199,12 @@ class Connections:
             keep = self._open and len(kept) < self._limits.kept_connections and connection.fit
             if keep:
                 kept.append(connection)
+                self._kept_in_all += 1
+            too_many = self._kept_in_all > self._limits.kept_in_all
         if not keep:
             connection.close()
+        if too_many:
+            self._retire_oldest()
         self._look()
 
     def drop(self, connection: Connection) -> None:
@@ -217,14 +223,21 @@ class Connections:
             self._look_at = now + LOOK_S
             self._retire(lambda connection: not connection.fit)
 
+    def _retire_oldest(self) -> None:
+        with self._lock:
+            oldest = min((kept[0] for kept in self._idle.values() if kept), key=lambda each: each.used_at, default=None)
+        if oldest is not None:
+            self._retire(lambda connection: connection is oldest)
+
     def _retire(self, old: Callable[[Connection], bool]) -> None:
         retired: list[Connection] = []
         with self._lock:
             for place, kept in list(self._idle.items()):
                 retired += [connection for connection in kept if old(connection)]
-                kept[:] = [connection for connection in kept if not old(connection)]
+                kept[:] = [connection for connection in kept if connection not in retired]
                 if not kept:
                     del self._idle[place]
+            self._kept_in_all -= len(retired)
         for connection in retired:
             connection.close()
 

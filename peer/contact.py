@@ -2,8 +2,9 @@
 
 What always holds:
 
-* One warning for each outage, however long it lasts and however often is tried; another one only if the kind of fault
-  changes. A reconnection that succeeds at once is not worth one.
+* One warning for each outage, however long it lasts, however often is tried, and however often it seems to be over for
+  less than ten seconds; another one only if the kind of fault changes. A reconnection that succeeds at once is not
+  worth one.
 * Doubt begins when etcd answers after it was silent for half a lease time, or has lost its records, and lasts one lease
   time. While it lasts, records that are gone may be of nodes that live.
 """
@@ -20,6 +21,9 @@ from peer.etcd import EtcdFault, EtcdRefused, EtcdUnavailable, TokenExpired
 
 log = logging.getLogger(__name__)
 
+CALM_S = 10.0
+"""An outage is over when the connection has lasted so long."""
+
 
 class Contact:
     """Used in one trio loop; its state may be read from any thread."""
@@ -33,6 +37,7 @@ class Contact:
         self._since = time.monotonic()
         self._last_error: str | None = None
         self._said: type[EtcdFault] | None = None
+        self._said_over = False
         self._last_answer: float | None = None
         self._doubt_until = 0.0
 
@@ -69,13 +74,16 @@ class Contact:
         self.connected = self._ever = True
         self._since = time.monotonic()
         self._last_error = None
-        level, self._said = logging.DEBUG if self._said is None else logging.INFO, None
+        level = logging.DEBUG if self._said is None or self._said_over else logging.INFO
+        self._said_over = self._said is not None
         log.log(level, "in cluster %r through %s", self._cluster, endpoint)
 
     def lost(self, fault: EtcdFault, failures: int, members: int) -> None:
         """A session ended, after so many `failures` in a row; `members` are in the view that stays."""
         self._last_error = str(fault)
         if self.connected:
+            if time.monotonic() - self._since > CALM_S:
+                self._said = None
             self.connected = False
             self._since = time.monotonic()
         refused = isinstance(fault, EtcdRefused)
@@ -84,7 +92,7 @@ class Contact:
         if kind is self._said or not (lasting or refused):
             log.debug("session with etcd ended: %s", fault)
             return
-        self._said = kind
+        self._said, self._said_over = kind, False
         if self._ever:
             log.warning("etcd is out of reach, the last %d members stay: %s", members, fault)
         else:

@@ -99,19 +99,21 @@ class Delivery:
         """The number of the block that the sender is at."""
         self._ends = list(itertools.accumulate(block.length for block in blocks))
         self._over = False
-        self._providing = False
         self.sent_blocks = self.sent_bytes = 0
 
     async def run(self) -> None:
         """Send all frames. Raises ConnectionLost."""
+        if await self._send_what_is_there():
+            return
         trouble: Exception | None = None
         async with trio.open_nursery() as nursery:
             try:
                 await self._wait_for_admission(nursery)
-                for block in self._blocks:
+                nursery.start_soon(self._provide, self._at)
+                for block in self._blocks[self._at :]:
                     self._at = block.number
                     self._moved.set()
-                    await self._send(block, nursery)
+                    await self._send(block)
             except Exception as error:  # noqa: BLE001 - raised below, where the nursery does not wrap it
                 trouble = error
             finally:
@@ -121,7 +123,26 @@ class Delivery:
         if trouble is not None:
             raise trouble
 
+    async def _send_what_is_there(self) -> bool:
+        """Send blocks from memory up to the first that is not there; True: that was all, as it is most often."""
+        for block in self._blocks:
+            self._at = block.number
+            if not await self._lent(block):
+                return False
+        return True
+
+    async def _lent(self, block: WantedBlock) -> bool:
+        sent = await self._frames.lent(block.number, block.key, block.length, last=self._is_last(block))
+        if sent:
+            self.sent_blocks += 1
+            self.sent_bytes += block.length
+        return sent
+
+    def _is_last(self, block: WantedBlock) -> bool:
+        return block.number == len(self._blocks) - 1
+
     async def _wait_for_admission(self, nursery: trio.Nursery) -> None:
+        """Questions that cost more than a look into the memory stand in a line."""
         admitted = trio.Event()
 
         async def hold_a_place() -> None:
@@ -131,34 +152,33 @@ class Delivery:
 
         nursery.start_soon(hold_a_place)
         while not admitted.is_set():
-            await self._frames.pause(admitted, 0)
+            await self._frames.pause(admitted, self._at)
 
     # -- the sender ----------------------------------------------------------------------------------------------------
 
-    async def _send(self, block: WantedBlock, nursery: trio.Nursery) -> None:
+    async def _send(self, block: WantedBlock) -> None:
         tries = 0
         while True:
             found = self._found.get(block.number)
             if isinstance(found, _Bytes):
-                await self._frames.payload(FrameStatus.OK, block.number, found.payload)
+                last = self._is_last(block)
+                await self._frames.payload(FrameStatus.OK, block.number, found.payload, last=last)
                 self._drop(block.number)
-                break
-            if isinstance(found, _Nothing):
-                await self._frames.payload(found.status, block.number, wire.reason_bytes(found.reason))
+                self.sent_blocks += 1
+                self.sent_bytes += block.length
                 return
-            if await self._frames.lent(block.number, block.key, block.length):
+            if isinstance(found, _Nothing):
+                reason = wire.reason_bytes(found.reason)
+                await self._frames.payload(found.status, block.number, reason, last=self._is_last(block))
+                return
+            if await self._lent(block):
                 self._drop(block.number)
-                break
+                return
             if found is _Place.MEMORY:
                 tries += 1
                 await self._look_again(block, tries)
-            elif not self._providing:
-                self._providing = True
-                nursery.start_soon(self._provide, block.number)
             else:
                 await self._frames.pause(self._changed, block.number, LOOK_S if found is _Place.COMING else math.inf)
-        self.sent_blocks += 1
-        self.sent_bytes += block.length
 
     async def _look_again(self, block: WantedBlock, tries: int) -> None:
         """A block has left the memory since it was seen there: a tier below has it, or it is lost."""
@@ -229,11 +249,9 @@ class Delivery:
         return True
 
     async def _take_from_disk(self, group: Sequence[WantedBlock]) -> None:
-        granted = 0
+        granted = sum(block.length for block in group)
+        await self._rooms.copied.take(granted)  # at once: who holds a part and waits for the rest keeps others waiting
         try:
-            for block in group:
-                await self._rooms.copied.take(block.length)
-                granted += block.length
             payloads = await self._load(group)
             for block, payload in zip(group, payloads, strict=True):
                 if payload is not None and block.number >= self._at:
@@ -250,7 +268,7 @@ class Delivery:
         def load() -> list[bytes | None]:
             return [self._holdings.load(block.key, block.length) for block in blocks]
 
-        return await trio.to_thread.run_sync(load, limiter=self._rooms.loading)
+        return await trio.to_thread.run_sync(load, limiter=self._rooms.loading, abandon_on_cancel=True)
 
     async def _fetch_from(self, block: WantedBlock) -> None:
         """Have this block brought, and what follows it in its run."""

@@ -139,7 +139,7 @@ class DigestServer:
             and given.get("uri") == target
             and given.get("realm") == REALM
             and given.get("username") == USER
-            and given.get("algorithm", ALGORITHM).upper() == ALGORITHM
+            and given.get("algorithm", "").upper() == ALGORITHM
         )
 
 

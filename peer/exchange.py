@@ -124,9 +124,9 @@ class Exchange:
         before, _, after = pieces
         return before, after
 
-    async def end_chunks(self) -> None:
-        """End an answer of chunks. Raises ConnectionLost."""
-        await self.stream.send(self._http.send(h11.EndOfMessage()) or b"")
+    def end(self) -> bytes:
+        """Return what ends an answer of chunks."""
+        return self._http.send(h11.EndOfMessage()) or b""
 
     async def _send(self, event: h11.InformationalResponse) -> None:
         await self.stream.send(self._http.send(event) or b"")

@@ -13,9 +13,7 @@ import ssl
 import time
 from collections.abc import Mapping
 
-from peer import wire
-
-BUFFER_BYTES = wire.MAX_HEAD_BYTES
+BUFFER_BYTES = 16 << 10
 DIRECT_BYTES = 4096
 """Smaller pieces go through the buffer."""
 _CHUNK_LINE = 64
@@ -182,7 +180,7 @@ class Answer:
 def read_head(incoming: Incoming, *, bodiless: bool) -> Answer:
     """Receive the head of an answer. `bodiless`: to HEAD. Raises Broken."""
     while True:
-        lines = incoming.until(b"\r\n\r\n", wire.MAX_HEAD_BYTES - 4).split(b"\r\n")
+        lines = incoming.until(b"\r\n\r\n", BUFFER_BYTES - 4).split(b"\r\n")
         match = _STATUS.fullmatch(lines[0])
         if match is None:
             raise Broken("that is not HTTP/1.1")

@@ -38,6 +38,8 @@ class ClientLimits:
     requests: int = 64
     bytes: int = 256 << 20
     kept_connections: int = 16
+    kept_in_all: int = 256
+    """Idle connections to all peers."""
     kept_s: float = 45.0
     """An idle connection is closed after this time, before the server does it."""
     connection_life_s: float = 600.0

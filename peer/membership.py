@@ -33,7 +33,7 @@ from typing import Any
 import msgspec
 import trio
 
-from cachefs import errors
+from cachefs import errors, metrics
 from cachefs.metrics import Counters
 from peer.contact import Contact
 from peer.etcd import (
@@ -61,11 +61,6 @@ PUBLISH_PAUSE_S = 0.02
 PUBLISH_SHARE = 20
 """Building views takes at most 1/20 of the time, however many records change: changes wait and come together."""
 GHOST_ROUND_S = 0.5
-
-CONNECTIONS = "etcd_connections"
-FAULTS = "etcd_faults"
-LISTS = "etcd_lists"
-EVENTS = "etcd_events"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,10 +149,8 @@ class Membership:
         Raises: ConfigError when others would not take it for a member.
         """
         assert "node_id" not in changes, "the id changes only when somebody else has it"
-        member = msgspec.structs.replace(self._own.member, **changes)
-        _check(member)
-        self._own.member = member
-        self._call_soon(self._announced)
+        _check(msgspec.structs.replace(self._own.member, **changes))
+        self._call_soon(self._change_member, changes)
 
     def state(self) -> dict[str, Any]:
         """Return what `cachefs status` shows; no secret is in it. From any thread."""
@@ -195,7 +188,7 @@ class Membership:
             began = trio.current_time()
             fault = await self._session(self._settings.endpoints[self._endpoint])
             failures = 0 if self._contact.connected and trio.current_time() > began + SETTLED_S else failures + 1
-            self._counters.add(FAULTS)
+            self._counters.add(metrics.ETCD_FAULTS.name)
             self._contact.lost(fault, failures, len(self._view.members))
             if failures >= len(self._settings.endpoints):
                 self._tried.set()
@@ -215,7 +208,7 @@ class Membership:
         self._followed = self._confirmed = False
         try:
             async with open_session(self._settings, endpoint, self._pace.timeout_s) as session:
-                self._counters.add(CONNECTIONS)
+                self._counters.add(metrics.ETCD_CONNECTIONS.name)
                 return await self._converse(session)
         except EtcdFault as fault:
             return fault
@@ -287,17 +280,18 @@ class Membership:
 
     async def _list(self, session: EtcdSession) -> None:
         records, position = await session.list_prefix(self._keys.prefix)
-        self._counters.add(LISTS)
+        self._counters.add(metrics.ETCD_LISTS.name)
         self._contact.heard(self._own.ttl_s)
         self._own.listed(records, position.revision)
-        self._roster.replace(records, keep=self._contact.doubting)
+        listed = await trio.to_thread.run_sync(self._roster.read, records)
+        self._roster.replace(listed, keep=self._contact.doubting)
         self._revision = position.revision
         self._changed.set()
 
     def _take(self, events: list[Record], revision: int) -> None:
         """Apply what the watch brought."""
         self._contact.heard(self._own.ttl_s)
-        self._counters.add(EVENTS, len(events))
+        self._counters.add(metrics.ETCD_EVENTS.name, len(events))
         changed = False
         for event in events:
             self._own.changed(event)
@@ -311,12 +305,18 @@ class Membership:
 
     # -- the view -----------------------------------------------------------------------------------------------------
 
-    def _call_soon(self, act: Callable[[], None]) -> None:
-        if self._trio_token is not None:
-            try:
-                self._trio_token.run_sync_soon(act, idempotent=True)
-            except trio.RunFinishedError:
-                pass
+    def _call_soon(self, act: Callable[..., None], *arguments: Any) -> None:
+        if self._trio_token is None:
+            act(*arguments)
+            return
+        try:
+            self._trio_token.run_sync_soon(act, *arguments)
+        except trio.RunFinishedError:
+            pass
+
+    def _change_member(self, changes: dict[str, Any]) -> None:
+        self._own.member = msgspec.structs.replace(self._own.member, **changes)
+        self._announced()
 
     def _announced(self) -> None:
         self._own.wake()

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import msgspec
 import trio
 
+from cachefs import metrics
 from cachefs.metrics import Counters
 from peer.etcd import EtcdFault, EtcdSession, EtcdUnavailable, LeaseGone
 from peer.members import Member
@@ -31,10 +32,6 @@ log = logging.getLogger(__name__)
 
 LEAVE_S = 2.0
 REGISTER_TRIES = 3
-
-LEASES = "etcd_leases"
-LEASES_LOST = "etcd_leases_lost"
-RENEWALS = "etcd_renewals"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,14 +111,14 @@ class Registration:
 
     async def _register(self, session: EtcdSession) -> None:
         if self.lease is not None:
-            self._counters.add(RENEWALS)
+            self._counters.add(metrics.ETCD_RENEWALS.name)
             if await session.refresh(self.lease) <= 0:
                 self._lose_lease()
         for _ in range(REGISTER_TRIES):
             if self.lease is None:
                 self.lease, ttl_s = await session.grant(self._asked_ttl_s)
                 self.ttl_s = float(ttl_s)
-                self._counters.add(LEASES)
+                self._counters.add(metrics.ETCD_LEASES.name)
             try:
                 await self._write(session, self.lease)
             except LeaseGone:
@@ -149,7 +146,7 @@ class Registration:
 
     def _lose_lease(self) -> None:
         log.debug("the lease of this node is gone, registering anew")
-        self._counters.add(LEASES_LOST)
+        self._counters.add(metrics.ETCD_LEASES_LOST.name)
         self.lease = None
         self._records.clear()
 

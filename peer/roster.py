@@ -16,6 +16,7 @@ from types import MappingProxyType
 
 import msgspec
 
+from cachefs import metrics
 from cachefs.metrics import Counters
 from peer.identity import NODE_ID
 from peer.members import Member, View
@@ -23,7 +24,6 @@ from peer.records import Record
 
 log = logging.getLogger(__name__)
 
-BAD_RECORDS = "etcd_bad_records"
 MAX_RECORD_BYTES = 4096
 MAX_RECORDS = 200_000
 """Members and volumes together: whoever writes more than that into etcd fills his memory, not ours."""
@@ -79,24 +79,24 @@ class Roster:
         """How many records are kept though etcd does not have them."""
         return len(self._ghosts)
 
+    def read(self, records: Iterable[Record]) -> dict[Identity, Member | None]:
+        """Return what records say, without those that say nothing. From any thread: ten thousand take 0.1 s."""
+        read: dict[Identity, Member | None] = {}
+        for record in records:
+            identity = self._keys.parse(record.key)
+            if identity is None:
+                continue
+            member = None if identity[0] else self.read_member(record)
+            if identity[0] or member is not None:
+                read[identity] = member
+        return read
+
     def put(self, record: Record) -> bool:
         """Take a record in; return whether that changes anything. A bad one counts as a deletion."""
-        identity = self._keys.parse(record.key)
-        if identity is None:
-            return False
-        member: Member | None = None
-        if not identity[0]:
-            member = self.read_member(record)
-            if member is None:
-                return self._drop(identity)
-        if identity not in self._records and len(self._records) >= MAX_RECORDS:
-            self._complain(record, "there are too many")
-            return False
-        self._ghosts.discard(identity)
-        if identity in self._records and self._records[identity] == member:
-            return False
-        self._records[identity] = member
-        return True
+        for identity, member in self.read((record,)).items():
+            return self._keep(identity, member)
+        spoilt = self._keys.parse(record.key)
+        return spoilt is not None and self._drop(spoilt)
 
     def delete(self, key: str, *, keep: bool) -> bool:
         """A record is gone from etcd; with `keep` it stays as a ghost. Returns whether that changes anything."""
@@ -108,14 +108,14 @@ class Roster:
             return False
         return self._drop(identity)
 
-    def replace(self, records: Iterable[Record], *, keep: bool) -> bool:
-        """Take a full listing in; what is not in it is deleted, or kept as ghosts. Returns whether anything changes."""
+    def replace(self, listed: Mapping[Identity, Member | None], *, keep: bool) -> bool:
+        """Take a full listing in that was `read`; what is not in it is deleted, or kept as ghosts. Returns whether
+        anything changes.
+        """
         changed = False
-        listed: set[Identity | None] = set()
-        for record in records:
-            listed.add(self._keys.parse(record.key))
-            changed |= self.put(record)
-        missing = self._records.keys() - listed
+        for identity, member in listed.items():
+            changed |= self._keep(identity, member)
+        missing = self._records.keys() - listed.keys()
         if keep:
             self._ghosts |= missing
             return changed
@@ -163,6 +163,16 @@ class Roster:
             return None, "it names another id than its key"
         return member, fault_of(member)
 
+    def _keep(self, identity: Identity, member: Member | None) -> bool:
+        if identity not in self._records and len(self._records) >= MAX_RECORDS:
+            self._counters.add(metrics.ETCD_BAD_RECORDS.name)
+            return False
+        self._ghosts.discard(identity)
+        if identity in self._records and self._records[identity] == member:
+            return False
+        self._records[identity] = member
+        return True
+
     def _drop(self, identity: Identity) -> bool:
         self._ghosts.discard(identity)
         if identity not in self._records:
@@ -171,7 +181,7 @@ class Roster:
         return True
 
     def _complain(self, record: Record, fault: str) -> None:
-        self._counters.add(BAD_RECORDS)
+        self._counters.add(metrics.ETCD_BAD_RECORDS.name)
         log.debug("record %.200r of etcd is left out: %.200s", record.key, fault)
 
     def check_invariants(self) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import trio
 
 from cachefs import metrics
+from cachefs.logs import ThrottledWarning
 from cachefs.metrics import Counters
 from peer.answers import Answers
 from peer.credentials import PeerCredentials
@@ -60,6 +61,7 @@ class PeerServer:
         self._connections: OrderedDict[_Guest, None] = OrderedDict()
         """In the order of their last request."""
         self._address = ""
+        self._refusals = ThrottledWarning()
 
     def start(self, address: str, port: int) -> int:
         """Listen, and return the port (a free one, if `port` is 0). Raises OSError. BLOCKS for a moment."""
@@ -175,8 +177,11 @@ class PeerServer:
         stream = TlsStream(connection, contexts.server, self._limits.stuck_s)
         try:
             await stream.handshake(self._limits.head_s)
-        except ConnectionLost:
+        except ConnectionLost as lost:
             self._counters.add(metrics.PEER_REFUSED_REQUESTS.name)
+            more = self._refusals.due(trio.current_time())
+            if more is not None:
+                log.info("a TLS handshake of another node has failed: %s%s", lost, more)
             await stream.close()
             return None
         return stream

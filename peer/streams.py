@@ -122,7 +122,7 @@ class TlsStream:
         with trio.move_on_after(within_s), _translated():
             await self._tls.do_handshake()
             return
-        raise ConnectionLost
+        raise ConnectionLost("it took too long")
 
     async def receive(self, max_bytes: int) -> bytes:
         """See `Stream.receive`."""
@@ -167,4 +167,6 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError, OSError) as error:
-        raise ConnectionLost from error
+        cause = error.__cause__ or error
+        said = getattr(cause, "verify_message", None) or getattr(cause, "reason", None) or cause
+        raise ConnectionLost(str(said)) from error

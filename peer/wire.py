@@ -136,7 +136,7 @@ _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 53)]
 _Length = Annotated[int, msgspec.Meta(ge=1, le=MAX_BATCH_BYTES)]
 _Key = Annotated[bytes, msgspec.Meta(max_length=8192)]
 _Text = Annotated[str, msgspec.Meta(max_length=1024)]
-_Volume = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]
+_Volume = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]
 _Id = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 
 

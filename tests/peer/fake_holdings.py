@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,8 +22,8 @@ ENDPOINT, BUCKET = "http://store", "bucket"
 
 def body_of(key: str, size: int) -> bytes:
     """Return the bytes of an object: another text at every offset, another one for every key."""
-    line = "".join(f"{key}:{number:09d}\n" for number in range(size // (len(key) + 11) + 1))
-    return line.encode()[:size]
+    raw = key.encode("utf-8", "surrogateescape")
+    return b"".join(b"%s:%09d\n" % (raw, number) for number in range(size // (len(raw) + 11) + 1))[:size]
 
 
 class FakeHoldings:
@@ -182,7 +182,7 @@ class FakeHoldings:
             raise self.page
         return self.page, 1.5
 
-    def summary(self) -> Mapping[str, Any] | Any:
+    def summary(self) -> dict[str, Any]:
         """See `Holdings.summary`."""
         return {"version": "9.9.9", "tiers": {}}
 

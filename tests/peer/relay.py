@@ -29,10 +29,11 @@ class Relay:
     def endpoint(self) -> str:
         return f"http://{LOOPBACK}:{self.port}"
 
-    def cut(self) -> None:
-        """End all connections."""
+    def cut(self) -> bool:
+        """End all connections. Returns False, so that it can be done again and again until something is true."""
         for scope in list(self._scopes):
             scope.cancel()
+        return False
 
     def freeze(self) -> None:
         """Nothing arrives any more, and nobody is told."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -33,6 +34,9 @@ LOOPBACK = "127.0.0.1"
 START_TIMEOUT_S = 20.0
 START_ATTEMPTS = 3
 PROBE_S = 0.05
+RELEASE_S = 5.0
+PORTS = range(10_000, 32_000)
+"""Below those that Linux gives to outgoing connections."""
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 # As in bench/s3_server.py; in addition the number of the server itself is written down, for SIGSTOP.
@@ -112,6 +116,10 @@ class EtcdServer:
         guard.wait()
         assert guard.stdin is not None
         guard.stdin.close()
+        # Our child is its guard, not the server, whose last thread may hold the ports for a moment longer.
+        deadline = time.monotonic() + RELEASE_S
+        while not _free(self.port, self._peer_port) and time.monotonic() < deadline:
+            time.sleep(0.005)
 
     def stop(self) -> None:
         """End the server as its operator would (SIGTERM), so that it says good-bye to its clients."""
@@ -239,10 +247,24 @@ class EtcdServer:
 
 
 def _free_ports() -> tuple[int, int]:
-    with socket.socket() as first, socket.socket() as second:
-        first.bind((LOOPBACK, 0))
-        second.bind((LOOPBACK, 0))
-        return first.getsockname()[1], second.getsockname()[1]
+    """Return ports that are free now, and that no outgoing connection takes while the server is down."""
+    while True:
+        first, second = random.sample(PORTS, 2)
+        if _free(first, second):
+            return first, second
+
+
+def _free(*ports: int) -> bool:
+    with contextlib.ExitStack() as held:
+        for port in ports:
+            listener = held.enter_context(socket.socket())
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind((LOOPBACK, port))
+                listener.listen()
+            except OSError:
+                return False
+    return True
 
 
 def _executable() -> str:

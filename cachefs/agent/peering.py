@@ -155,6 +155,8 @@ class Peering:
     def sources(self, store: CurrentStore, prefix: str, rules: MetadataConfig) -> Sources:
         """Return where the blocks and listings of a volume come from."""
         assert self._neighbours is not None
+        if not is_shared(store):
+            return Sources(store, store)
         name = volume_name(store, prefix)
         blocks = PeerSource(name, store, self._neighbours, lambda: store.max_requests)
         ttl_s = math.inf if rules.consistency is Consistency.IMMUTABLE else rules.metadata_ttl_s
@@ -166,10 +168,12 @@ class Peering:
     def volumes_changed(self) -> None:
         """Mounts came or went: tell the cluster what this node holds."""
         if self._membership is not None and self._volumes is not None:
-            self._membership.set_volumes(frozenset(map(_name, self._volumes.mounted())))
+            held = [volume for volume in self._volumes.mounted() if is_shared(volume.store)]
+            self._membership.set_volumes(frozenset(map(_name, held)))
 
     def _held(self, name: str) -> list[Volume]:
-        return [] if self._volumes is None else [v for v in self._volumes.mounted() if _name(v) == name]
+        mounted = [] if self._volumes is None else self._volumes.mounted()
+        return [volume for volume in mounted if is_shared(volume.store) and _name(volume) == name]
 
     # -- for people ----------------------------------------------------------------------------------------------------
 
@@ -252,6 +256,11 @@ def summary_of(status: Mapping[str, Any]) -> dict[str, Any]:
 
 def _path(text: str) -> Path | None:
     return Path(text) if text else None
+
+
+def is_shared(store: ObjectStore) -> bool:
+    """Whether this store is the same one for all nodes. A directory of one node is another directory on the next."""
+    return store.endpoint.startswith(("http://", "https://"))
 
 
 def volume_name(store: ObjectStore, prefix: str) -> str:

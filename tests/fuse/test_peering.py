@@ -136,6 +136,23 @@ def test_nodes_with_other_blocks_do_without_each_other(
     assert counter(one.node, "peer_fills") == counter(other.node, "peer_fills") == 0
 
 
+def test_directories_of_nodes_are_not_shared(
+    make_node: Callable[..., Node], options: list[str], tmp_path: Path
+) -> None:
+    """The same path is another directory on another node."""
+    one, two = make_node(), make_node()
+    (tmp_path / "origin").mkdir()
+    (tmp_path / "origin" / "x").write_bytes(b"of the first")
+    source = f"file://{tmp_path}/origin"
+    first = one.mount(source, *options[1:])
+    assert os.listdir(first.path) == ["x"]
+    (tmp_path / "origin" / "x").rename(tmp_path / "origin" / "y")
+    second = two.mount(source, *options[1:])
+    assert os.listdir(second.path) == ["y"]
+    assert (second.path / "y").read_bytes() == b"of the first"
+    assert members(one) == members(two) == set()
+
+
 def test_a_strict_mount_lists_at_the_store(make_node: Callable[..., Node], bucket: Bucket, options: list[str]) -> None:
     one, two = pair(make_node, bucket, [*options, "--consistency=strict"])
     for mount in (one, two, one):

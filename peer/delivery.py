@@ -106,22 +106,27 @@ class Delivery:
         if await self._send_what_is_there():
             return
         trouble: Exception | None = None
-        async with trio.open_nursery() as nursery:
-            try:
-                await self._wait_for_admission(nursery)
-                nursery.start_soon(self._provide, self._at)
-                for block in self._blocks[self._at :]:
-                    self._at = block.number
-                    self._moved.set()
-                    await self._send(block)
-            except Exception as error:  # noqa: BLE001 - raised below, where the nursery does not wrap it
-                trouble = error
-            finally:
-                self._over = True
-                self._let_go()
+        try:
+            async with trio.open_nursery() as nursery:
+                try:
+                    await self._work(nursery)
+                except Exception as error:  # noqa: BLE001 - raised below, where the nursery does not wrap it
+                    trouble = error
                 nursery.cancel_scope.cancel()
+        finally:  # not earlier: a provider that is cancelled may just have got something
+            self._over = True
+            for number in list(self._found):
+                self._drop(number)
         if trouble is not None:
             raise trouble
+
+    async def _work(self, nursery: trio.Nursery) -> None:
+        await self._wait_for_admission(nursery)
+        nursery.start_soon(self._provide, self._at)
+        for block in self._blocks[self._at :]:
+            self._at = block.number
+            self._moved.set()
+            await self._send(block)
 
     async def _send_what_is_there(self) -> bool:
         """Send blocks from memory up to the first that is not there; True: that was all, as it is most often."""
@@ -200,10 +205,6 @@ class Delivery:
         found = self._found.pop(number, None)
         if isinstance(found, _Bytes):
             found.room.give_back(len(found.payload))
-
-    def _let_go(self) -> None:
-        for number in list(self._found):
-            self._drop(number)
 
     def _tell(self) -> None:
         changed, self._changed = self._changed, trio.Event()

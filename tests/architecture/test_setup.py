@@ -83,7 +83,7 @@ def test_a_machine_without_anything(machine: Machine) -> None:
     assert (code, said) == (0, "")
     assert calls[0] == "apt-get update -qq"
     wanted = set(calls[1].split()) - {"apt-get", "install", "-qq", "-y", "--no-install-recommends", "ca-certificates"}
-    needed = {"fuse3", "pkg-config", "libfuse3-dev", "gcc", "rsync", "etcd-server", "fio", "git"}
+    needed = {"fuse3", "pkg-config", "libfuse3-dev", "gcc", "rsync", "etcd-server", "iproute2", "fio", "git"}
     needed |= {"python3.99-venv", "python3.99-dev"}
     assert wanted - {"libc6-dev"} == needed
     assert calls[2] == "python -m venv --clear .venv"

@@ -1,0 +1,1 @@
+"""What peers are worth: nodes that read one dataset, with and without each other (`python -m bench.cluster`)."""

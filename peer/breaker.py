@@ -53,6 +53,9 @@ class Breaker:
         self.latency_s: float | None = None
         """How long it lately took until the head of an answer came (exponentially weighted mean)."""
 
+        self.wait_s = 0.0
+        """How long it lately took until the first block of an answer came (mean as above)."""
+
     @property
     def state(self) -> BreakerState:
         """Closed, open, or half-open (a trial may be made, or is under way)."""
@@ -104,6 +107,10 @@ class Breaker:
         """The head of an answer came after so long."""
         known = self.latency_s
         self.latency_s = seconds if known is None else known + EWMA_WEIGHT * (seconds - known)
+
+    def waited(self, seconds: float) -> None:
+        """The first block of an answer came after so long."""
+        self.wait_s += EWMA_WEIGHT * (seconds - self.wait_s)
 
 
 class Breakers:

@@ -28,7 +28,16 @@ from peer.credentials import PeerCredentials
 from peer.incoming import Answer, Broken, Closed
 from peer.limits import ClientLimits
 from peer.members import Member
-from peer.wire import BatchRequest, BlockRequest, FrameHead, FrameStatus, NotHeld, PeerUnavailable, WantedBlock
+from peer.wire import (
+    BatchRequest,
+    BlockRequest,
+    FrameHead,
+    FrameStatus,
+    NotHeld,
+    PeerSlow,
+    PeerUnavailable,
+    WantedBlock,
+)
 
 STATUS_BYTES = 4 << 20
 STATUS_S = 5.0
@@ -40,23 +49,34 @@ DRAIN_BYTES = 64 << 10
 class _Call:
     """One call under way."""
 
-    def __init__(self, peer: Member, connection: Connection, answer: Answer) -> None:
+    def __init__(
+        self, peer: Member, connection: Connection, answer: Answer, breaker: Breaker, patience_s: float
+    ) -> None:
         self.peer = peer
         self.connection = connection
         self.answer = answer
+        self._breaker = breaker
+        self._patience_s = patience_s
+        self._waits_since = time.monotonic()
         self._head = memoryview(bytearray(wire.FRAME_BYTES))
 
     def frame(self, number: int) -> FrameHead:
-        """Return the head of the next frame that says something. Raises Broken, BadMessage."""
+        """Return the head of the next frame that says something. Raises Broken, BadMessage, PeerSlow."""
         while True:
             self.answer.into(self._head)
             head = wire.parse_frame_head(self._head)
             if head.number != number:
                 raise Broken("a frame for another block")
+            waited_s = time.monotonic() - self._waits_since
             if head.status is not FrameStatus.WAIT:
+                if head.status is FrameStatus.OK and not number:
+                    self._breaker.waited(waited_s)
+                self._waits_since += waited_s
                 return head
             if head.length:
                 raise Broken("a WAIT frame with a payload")
+            if waited_s > self._patience_s:
+                raise PeerSlow(f"{self.peer.name} lives, and has not got the block for {waited_s:.1f} s")
 
     def payload(self, head: FrameHead, place: memoryview) -> bool:
         """Fill `place` with a frame's payload; False: its checksum is wrong."""
@@ -193,13 +213,18 @@ class PeerClient:
                 deadline = time.monotonic() + self._limits.call_s
                 connection, answer = self._ask(peer, breaker, method, target, body, deadline, head_s)
                 self._check(answer)
-                yield _Call(peer, connection, answer)
+                patience_s = max(self._limits.patience_s, self._limits.patience_times * breaker.wait_s)
+                yield _Call(peer, connection, answer, breaker, patience_s)
                 keep = answer.keeps_open
             except (Broken, wire.BadMessage) as error:
                 reported, keep = True, False
                 breaker.failed(connecting=isinstance(error, NoConnection))
                 self._connections.forget(place_of(peer))
                 raise PeerUnavailable(f"{peer.name} ({peer.address}): {error}") from error
+            except PeerSlow:
+                reported, keep = True, False
+                breaker.failed(connecting=True)  # others who ask it now would wait as long
+                raise
             except PeerUnavailable:
                 keep = True  # it answered, and what it answered was received
                 raise

@@ -51,3 +51,7 @@ class ClientLimits:
     """Until the next byte of its body."""
     call_s: float = 15.0
     """For all of a call."""
+    patience_s: float = 5.0
+    """For the next block from a node that lives and fetches; longer where that is usual (`PATIENCE_TIMES`)."""
+    patience_times: float = 4.0
+    """How many times the usual wait of a node is waited for."""

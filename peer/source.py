@@ -25,7 +25,7 @@ from cachefs.types import ObjectId, ObjectVersion, Tier, object_id
 from peer.members import PEER_PROTOCOL, Member, View
 from peer.placement import Candidates, Ring, unit_of
 from peer.ports import Asks
-from peer.wire import BlockRequest, NotHeld, PeerUnavailable
+from peer.wire import BlockRequest, NotHeld, PeerSlow, PeerUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -143,10 +143,14 @@ class _Route:
         candidates = source.candidates(oid, start)
         done = full = 0
         for question in self._questions(candidates):
-            for count in self._ask(question, version, oid, first + done, buffers[done:]):
-                full = done + count
-                yield full, Tier.PEER
-            done = full
+            try:
+                for count in self._ask(question, version, oid, first + done, buffers[done:]):
+                    full = done + count
+                    yield full, Tier.PEER
+            except PeerSlow:
+                break  # the next node would ask it as well, and we wait for both
+            finally:
+                done = full
             if done == len(buffers):
                 return
         at = start + sum(map(len, buffers[:done]))
@@ -170,7 +174,7 @@ class _Route:
         first: int,
         buffers: Sequence[memoryview],
     ) -> Iterator[int]:
-        """Yield how many buffers are full, as far as this node gives them. Never raises for the peer's sake."""
+        """Yield how many buffers are full, as far as this node gives them. Raises PeerSlow, nothing else."""
         counters = self._source.neighbours.counters
         wanted = BlockRequest(
             volume=self._source.volume,
@@ -192,6 +196,8 @@ class _Route:
         except PeerUnavailable as error:
             counters.add(metrics.PEER_FAILURES.name)
             log.debug("%s is asked in vain for %s: %s", question.member.name, version.key, error)
+            if isinstance(error, PeerSlow):
+                raise
 
 
 class Doubts:

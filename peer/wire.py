@@ -61,6 +61,10 @@ class PeerUnavailable(StorageUnavailable):
     """Another node did not answer well, or is not asked now. Never an error for a reader: the next source is asked."""
 
 
+class PeerSlow(PeerUnavailable):
+    """Another node lives and does not get what it fetches for us: its way to the store may be bad, or the store is."""
+
+
 class NotHeld(PeerUnavailable):
     """The other node answered well: it does not have the block, and does not fetch it for us."""
 

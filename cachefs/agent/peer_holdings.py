@@ -27,6 +27,8 @@ from peer.wire import ListingRequest
 
 log = logging.getLogger(__name__)
 
+TRY_AGAIN_S = 5.0
+
 
 class PeerHoldings:
     """See `peer.ports.Holdings`."""
@@ -48,6 +50,8 @@ class PeerHoldings:
         self._summary = summary
         self._nursery = nursery
         self._token = trio.lowlevel.current_trio_token()
+        self._try_again: dict[str, float] = {}
+        """By volume whose store fails: when it is tried for others again."""
 
     @property
     def block_size(self) -> int:
@@ -85,6 +89,8 @@ class PeerHoldings:
         """In the trio thread."""
         try:
             held = self._held(volume, version.key)
+            if held.store.now.counters.condition.failing and not self._may_try(volume):
+                raise errors.StorageUnavailable("the store does not answer here", retryable=False)
             if self._cache.carries:
                 self._nursery.start_soon(self._carry, held, version, first, count, fetched)
                 return
@@ -95,6 +101,14 @@ class PeerHoldings:
         except Exception as error:
             log.exception("a question of another node failed")
             fetched(errors.StorageUnavailable(f"{type(error).__name__}: {error}"))
+
+    def _may_try(self, volume: str) -> bool:
+        """Whether to try a store that fails, so that others learn when it is back: not often, since who asks waits."""
+        now = trio.current_time()
+        may = now >= self._try_again.get(volume, 0.0)
+        if may:
+            self._try_again[volume] = now + TRY_AGAIN_S
+        return may
 
     async def _carry(self, held: Volume, version: ObjectVersion, first: int, count: int, fetched: Fetched) -> None:
         """There is no shm tier that would hold the blocks until they are sent."""

@@ -44,10 +44,15 @@ class Condition:
             self._since = now if self._since is None else self._since
             self._last_error, self._last_error_at = str(error), now
 
+    @property
+    def failing(self) -> bool:
+        """Whether the store does not answer (some failures in a row), or will not."""
+        return self._failures >= FAILURES_IN_A_ROW or self._hopeless
+
     def describe(self) -> dict[str, Any]:
         """Return what docs/STATUS.md says of `origin`. Times are seconds since the epoch."""
         with self._lock:
-            failing = self._failures >= FAILURES_IN_A_ROW or self._hopeless
+            failing = self.failing
             return {
                 "failing": failing,
                 "since": self._since if failing else None,

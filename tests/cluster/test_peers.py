@@ -29,8 +29,8 @@ MIB = 1 << 20
 SHAPE = Shape(large_files=3, large_bytes=20 * MIB + 12_345, small_files=40, small_bytes=100_000)
 READ_S = 60.0
 WORST_STALL_MS = 2000.0
-OWN_RETRIES_S = 30.0
-"""How long a node tries to reach S3 before it says that it cannot."""
+PATIENCE_S = 5.0
+"""How long a node that lives and does not get what it fetches is waited for."""
 
 
 class Checked(Scene):
@@ -291,19 +291,21 @@ def test_a_peer_that_is_far_is_slow_and_right(rig: Checked) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_an_owner_that_cannot_read_s3_is_no_error_for_others(s3_server: S3Server, bucket: Bucket) -> None:
-    """It gives up after its own retries, and whoever asked it asks S3."""
-    bodies = {f"small-{number}": content(str(number), 50_000) for number in range(6)}
+    """It is waited for once, and whoever asked it asks S3."""
+    bodies = {f"small-{number}": content(str(number), 50_000) for number in range(12)}
     bucket.fill(bodies)
     with Cluster(s3_server, 2) as cluster:
         one, _ = cluster.mount_all(bucket.url)
         cluster.wait_until_joined()
         cluster.network.cut(cluster.nodes[1].place, cluster.origin_place.address)
+        took_s = []
         for name, body in bodies.items():
             begun = time.monotonic()
             assert (one.path / name).read_bytes() == body
-            assert time.monotonic() - begun <= OWN_RETRIES_S
+            took_s.append(time.monotonic() - begun)
+        assert max(took_s) <= PATIENCE_S + 1.5, took_s
+        assert sum(took > 1 for took in took_s) <= 4, took_s
         assert cluster.nodes[0].counter("peer_failures") > 0, "it was asked"
 
 

@@ -13,7 +13,7 @@ from cachefs.store.port import ListPage
 from cachefs.types import ObjectVersion, Tier
 from peer.members import PEER_PROTOCOL, Member, View
 from peer.source import FUTILE, SELDOM, Neighbours, PeerSource
-from peer.wire import BlockRequest, ListingRequest, NotHeld, PeerUnavailable
+from peer.wire import BlockRequest, ListingRequest, NotHeld, PeerSlow, PeerUnavailable
 
 BLOCK = 1 << 20
 VOLUME = "0123456789abcdef"
@@ -133,6 +133,15 @@ def test_what_a_peer_does_not_give_comes_from_the_next_and_at_last_from_the_stor
     rig.client.answers = {name: lambda _: PeerUnavailable("gone") for name in "bcd"}
     assert rig.read(0, 2) == [(1, Tier.ORIGIN), (2, Tier.ORIGIN)]
     assert rig.counters.get("peer_failures") == 3
+
+
+def test_one_who_is_slow_is_the_last_who_is_asked() -> None:
+    """The next node would ask it as well, and two waits would come one after the other."""
+    rig = Rig("bcd")
+    rig.client.answers = {name: lambda number: PeerSlow("still") if number == 1 else None for name in "bcd"}
+    assert rig.read(0, 3) == [(1, Tier.PEER), (2, Tier.ORIGIN), (3, Tier.ORIGIN)]
+    assert len(rig.asked()) == 1
+    assert rig.counters.get("peer_failures") == 1
 
 
 def test_the_last_block_is_short_and_comes_whole() -> None:

@@ -212,6 +212,39 @@ def test_one_who_says_wait_for_ever(asker: Askers, fake_peer: FakePeers) -> None
         assert ask(here, there.member)[0] == [1]
 
 
+def waits(before: float, frames: int = len(FRAMES)) -> Callable[[socket.socket], None]:
+    """A peer that lives and fetches for so long before it has blocks."""
+
+    def script(connection: socket.socket) -> None:
+        read_request(connection)
+        connection.sendall(OK_HEAD)
+        until = time.monotonic() + before
+        while time.monotonic() < until:
+            connection.sendall(chunk(short_frame(FrameStatus.WAIT, 0)))
+            time.sleep(0.02)
+        connection.sendall(b"".join(FRAMES[:frames]) + LAST)
+
+    return script
+
+
+def test_one_who_fetches_for_too_long_is_left_alone(asker: Askers, fake_peer: FakePeers) -> None:
+    here, there = asker(patience_s=0.3), fake_peer(waits(30))
+    with within(0.8):
+        told, why = ask(here, there.member)
+    assert told == []
+    assert "lives, and has not got the block" in why
+    assert here.client.health(there.member)["state"] == "open", "others who ask it now would wait as long"
+
+
+def test_who_is_known_to_take_long_is_waited_for(asker: Askers, fake_peer: FakePeers) -> None:
+    """A store that is slow for everybody is no reason to ask it twice."""
+    here, there = asker(patience_s=0.6, patience_times=4.0), fake_peer(waits(0.5))
+    for _ in range(12):
+        assert ask(here, there.member)[0] == [1, 2, 3]
+    there.script = waits(1.0)
+    assert ask(here, there.member)[0] == [1, 2, 3]
+
+
 def test_one_who_drips(asker: Askers, fake_peer: FakePeers) -> None:
     def script(connection: socket.socket) -> None:
         read_request(connection)

@@ -15,6 +15,7 @@ import pytest
 from cachefs.agent import inheritance
 from cachefs.config import CacheConfig, PeerConfig
 from cachefs.runtime import RuntimeDir, write_state
+from tests.support.machine import wait_until
 
 PEER = PeerConfig(etcd="http://etcd:2379", cluster="lab", peer_secret_file="/etc/secret")
 
@@ -30,6 +31,8 @@ def mount(config: CacheConfig) -> Iterator[None]:
     """A living mount of the cache directory."""
     code = "import sys; sys.stdin.read()  # cachefs"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as child:
+        line = Path(f"/proc/{child.pid}/cmdline")
+        wait_until(lambda: b"cachefs" in line.read_bytes(), 5, "the program runs")  # just begun, it has no arguments yet
         runtime = RuntimeDir(config.runtime_dir)
         state = {"mount_id": "m", "cache_dir": config.cache_dir, "supervisor_pid": child.pid, "worker_pid": None}
         write_state(runtime.mount("m", "json"), state)

@@ -32,7 +32,7 @@ def mount(config: CacheConfig) -> Iterator[None]:
     code = "import sys; sys.stdin.read()  # cachefs"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as child:
         line = Path(f"/proc/{child.pid}/cmdline")
-        wait_until(lambda: b"cachefs" in line.read_bytes(), 5, "the program runs")  # just begun, it has no arguments yet
+        wait_until(lambda: b"cachefs" in line.read_bytes(), 5, "the program has its arguments")
         runtime = RuntimeDir(config.runtime_dir)
         state = {"mount_id": "m", "cache_dir": config.cache_dir, "supervisor_pid": child.pid, "worker_pid": None}
         write_state(runtime.mount("m", "json"), state)

@@ -188,7 +188,8 @@ class _Route:
         counters.add(metrics.PEER_REQUESTS.name)
         try:
             yield from self._source.neighbours.client.read_blocks(question.member, wanted, buffers)
-            self._source.doubts.had_it(question.member)
+            if question.only_cached:
+                self._source.doubts.had_it(question.member)
         except NotHeld:
             counters.add(metrics.PEER_ABSENT.name)
             if question.only_cached:

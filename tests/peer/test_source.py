@@ -34,11 +34,15 @@ class Client:
     def __init__(self, body: bytes) -> None:
         self.body = body
         self.asked: list[tuple[str, bool, int, int]] = []
+        self.lacks: set[str] = set()
+        """Who has nothing but what it owns."""
         self.answers: dict[str, Callable[[int], Exception | None]] = {}
         """By name: what happens before the block of this number (of those asked for) is sent."""
 
     def read_blocks(self, peer: Member, request: BlockRequest, buffers: Sequence[memoryview]) -> Iterator[int]:
         self.asked.append((peer.name, request.only_cached, request.first, request.count))
+        if request.only_cached and peer.name in self.lacks:
+            raise NotHeld("no")
         at = request.first * BLOCK
         for number, buffer in enumerate(buffers):
             trouble = self.answers.get(peer.name, willing)(number)
@@ -184,6 +188,18 @@ def test_after_many_questions_in_vain_few_are_asked() -> None:
     for _ in range(3):
         rig.read(0, 1)
     assert len(rig.asked()) == 3
+
+
+def test_what_a_node_gives_as_an_owner_says_nothing_of_what_it_may_have() -> None:
+    """Of two nodes each asks the other for both in turn."""
+    rig = Rig("ab")
+    rig.client.lacks = {"b"}
+    for number in range(100):
+        version = STORE.put(f"turn-{number}", BODY[:BLOCK]).version
+        list(rig.source.read_blocks(version, 0, [memoryview(bytearray(BLOCK))]))
+    probes = [only_cached for _, only_cached, *_ in rig.client.asked]
+    assert probes.count(False) > 20
+    assert FUTILE <= probes.count(True) <= FUTILE + 8
 
 
 def test_nodes_of_another_protocol_are_not_asked() -> None:

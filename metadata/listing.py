@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -55,6 +56,8 @@ class Progress:
 class _Page:
     entries: PageEntries
     asked_ns: int
+    borrowed: bool
+    """From elsewhere."""
 
 
 class _Flight:
@@ -86,9 +89,10 @@ class Lister:
         freshness: Freshness,
         run_blocking: RunBlocking,
         nursery: trio.Nursery,
+        elsewhere: ObjectStore | None = None,
         age_s: float = 0.0,
     ) -> None:
-        """`age_s`: how old a page may be that `store` gives; what it says counts as said so long ago."""
+        """`elsewhere` gives pages of the same store that may be `age_s` old: they count as asked for so long ago."""
         writer.identity.expect(prefix)
         self._writer = writer
         self._reader = writer.reader
@@ -96,7 +100,9 @@ class Lister:
         self._freshness = freshness
         self._run_blocking = run_blocking
         self._nursery = nursery
-        self._age_ns = round(age_s * 1e9)
+        self._elsewhere = elsewhere
+        self._age_ns = 0 if elsewhere is None else round(age_s * 1e9)
+        self._distrust_until = -math.inf
         self._flights: dict[Ino, _Flight] = {}
 
     async def list_directory(self, ino: Ino, seen: bytes | None) -> Progress:
@@ -120,6 +126,14 @@ class Lister:
             flight = self._flights[ino] = _Flight(ino, time.time_ns() - self._age_ns)
             self._nursery.start_soon(self._drive, flight, name=f"listing {ino}")
         return await self._wait(flight, seen or b"")
+
+    def name_vanished(self) -> None:
+        """The store was asked for a name, and does not have it any more: pages from before that would bring it back."""
+        self._distrust_until = time.monotonic() + self._age_ns / 1e9
+
+    @property
+    def _distrusts(self) -> bool:
+        return time.monotonic() < self._distrust_until
 
     async def _wait(self, flight: _Flight, seen: bytes) -> Progress:
         while not flight.over:
@@ -152,7 +166,10 @@ class Lister:
         key = self._reader.key_of(flight.ino)
         run: ListingRun = await self._run_blocking(self._writer.begin_listing, flight.ino, time.time_ns(), self._age_ns)
         page = await self._fetch(key, None)
+        at: str | None = None
         while True:
+            if page.borrowed and self._distrusts:
+                page = await self._fetch(key, at)
             ahead: Later[_Page] = Later()
             committed: Later[None] = Later()
             token = page.entries.next_token
@@ -166,17 +183,20 @@ class Lister:
             committed.result()
             if token is None:
                 return
-            page = ahead.result()
+            page, at = ahead.result(), token
             if page.entries.next_token == token:
                 raise StorageUnavailable("the store lists the same page again and again", retryable=False)
 
     async def _fetch(self, key: str, token: str | None) -> _Page:
-        asked_ns = time.time_ns() - self._age_ns
-        entries: PageEntries = await self._run_blocking(self._list_page, key, token)
-        return _Page(entries, asked_ns)
-
-    def _list_page(self, key: str, token: str | None) -> PageEntries:
-        return page_entries(self._store.list_page(key, token=token, limit=PAGE_LIMIT), key)
+        asked_ns = time.time_ns()
+        if self._elsewhere is None or self._distrusts:
+            return _Page(await self._run_blocking(_list_page, self._store, key, token), asked_ns, borrowed=False)
+        entries: PageEntries = await self._run_blocking(_list_page, self._elsewhere, key, token)
+        return _Page(entries, asked_ns - self._age_ns, borrowed=True)
 
     async def _commit(self, run: ListingRun, page: _Page) -> None:
         await self._run_blocking(self._writer.commit_page, run, page.entries, page.asked_ns, time.time_ns())
+
+
+def _list_page(store: ObjectStore, key: str, token: str | None) -> PageEntries:
+    return page_entries(store.list_page(key, token=token, limit=PAGE_LIMIT), key)

@@ -150,6 +150,8 @@ class Resolver:
         known = self._reader.dentry(parent, name)
         asked_ns = time.time_ns()
         finding = await self._find(above + decode_key(name), None if known is None else known.kind)
+        if known is not None and finding.file is None and not finding.directory and self._lister is not None:
+            self._lister.name_vanished()
         ino = await self._commit(parent, name, known, finding, asked_ns)
         if ino is None:
             self._negative[parent, name] = asked_ns

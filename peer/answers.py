@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
@@ -30,6 +31,7 @@ from peer.wire import BadMessage, FrameStatus
 log = logging.getLogger(__name__)
 
 KEY_DIGITS = 40
+LISTED_VOLUMES = 256
 _PROTOCOL_FIELD = wire.PROTOCOL_HEADER.lower().encode()
 
 
@@ -52,7 +54,16 @@ class Answers:
         self.rooms = rooms
         self.state = state
         self.bodies = ByteRoom(limits.body_bytes)
-        self.listing = trio.CapacityLimiter(limits.listing_threads)
+        self.telling = trio.CapacityLimiter(limits.listing_threads)
+        self._listing: OrderedDict[str, trio.CapacityLimiter] = OrderedDict()
+
+    def listing(self, volume: str) -> trio.CapacityLimiter:
+        """Return the threads for the listings of a volume: one whose store hangs keeps no other waiting."""
+        limiter = self._listing.pop(volume, None) or trio.CapacityLimiter(self.limits.listing_threads)
+        self._listing[volume] = limiter
+        if len(self._listing) > LISTED_VOLUMES:
+            self._listing.popitem(last=False)
+        return limiter
 
     def visitor(self, exchange: Exchange) -> Visitor:
         """Return who serves one connection."""
@@ -222,7 +233,7 @@ class Visitor:
             return wire.encode_aged_page(page, age_s)
 
         try:
-            listing = self._shared.listing
+            listing = self._shared.listing(request.volume)
             return FrameStatus.OK, await trio.to_thread.run_sync(list_page, limiter=listing, abandon_on_cancel=True)
         except errors.NotFound as error:
             return FrameStatus.ABSENT, wire.reason_bytes(str(error))
@@ -231,7 +242,7 @@ class Visitor:
 
     async def _status(self) -> None:
         summary = await trio.to_thread.run_sync(
-            self._shared.holdings.summary, limiter=self._shared.listing, abandon_on_cancel=True
+            self._shared.holdings.summary, limiter=self._shared.telling, abandon_on_cancel=True
         )
         body = json.dumps({**summary, "server": self._shared.state()}).encode()
         await self._exchange.answer(HTTPStatus.OK, self._headers(), body, "application/json")

@@ -223,7 +223,10 @@ class PeerClient:
                 raise PeerUnavailable(f"{peer.name} ({peer.address}): {error}") from error
             except PeerSlow:
                 reported, keep = True, False
-                breaker.failed(connecting=True)  # others who ask it now would wait as long
+                if target == wire.BLOCKS_PATH:
+                    breaker.failed(connecting=True)  # others who ask it now would wait as long
+                else:
+                    breaker.abandoned()  # one directory of one volume says nothing about its blocks
                 raise
             except PeerUnavailable:
                 keep = True  # it answered, and what it answered was received

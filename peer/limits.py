@@ -35,8 +35,9 @@ class ServerLimits:
 class ClientLimits:
     """Of a `PeerClient`; numbers of requests and bytes are for each peer."""
 
-    requests: int = 64
-    bytes: int = 256 << 20
+    requests: int = 1024
+    """The lines of the block cache hold less; this is for faults of ours."""
+    bytes: int = 4 << 30
     kept_connections: int = 16
     kept_in_all: int = 256
     """Idle connections to all peers."""

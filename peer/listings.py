@@ -10,6 +10,7 @@ are shared; whether a single name exists is asked of the store.
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 import time
@@ -41,15 +42,20 @@ def shared_age_s(ttl_s: float) -> float:
     return min(MAX_AGE_S, ttl_s / TTL_SHARE)
 
 
+PAGE_BYTES = 2048
+"""What a page takes beside its entries."""
+
+
 class _Page:
     """One page, there or on its way."""
 
-    __slots__ = ("arrived", "asked_at", "encoded", "error")
+    __slots__ = ("arrived", "asked_at", "encoded", "error", "size")
 
     def __init__(self) -> None:
         self.asked_at = time.monotonic()
         self.arrived = threading.Event()
         self.encoded = b""
+        self.size = PAGE_BYTES
         self.error: CachefsError | None = None
 
 
@@ -77,7 +83,7 @@ class ListingPages:
         elif not page.arrived.wait(WAIT_S):
             return _list(store, request), 0.0
         if page.error is not None:
-            raise type(page.error)(*page.error.args) from page.error
+            raise copy.copy(page.error) from page.error  # each who waits adds a traceback of its own
         return decode_page(page.encoded), time.monotonic() - page.asked_at
 
     def _list(self, store: ObjectStore, request: ListingRequest, key: tuple[str, ListingRequest], page: _Page) -> None:
@@ -94,21 +100,33 @@ class ListingPages:
             page.arrived.set()
         with self._lock:
             if self._pages.get(key) is page:
+                page.size += len(page.encoded)
                 self._bytes += len(page.encoded)
-            while self._bytes > KEPT_BYTES:
-                self._bytes -= len(self._pages.popitem(last=False)[1].encoded)
+            self._drop_oldest()
 
     def _keep(self, key: tuple[str, ListingRequest], page: _Page) -> _Page:
         old = self._pages.pop(key, None)
         if old is not None:
-            self._bytes -= len(old.encoded)
+            self._bytes -= old.size
         self._pages[key] = page
+        self._bytes += page.size
+        self._drop_oldest()
         return page
+
+    def _drop_oldest(self) -> None:
+        """Forget pages that are too old to be given away, and those for which there is no room. Under the lock."""
+        oldest = time.monotonic() - MAX_AGE_S
+        while self._pages:
+            page = next(iter(self._pages.values()))
+            if page.asked_at >= oldest and self._bytes <= KEPT_BYTES:
+                break
+            self._bytes -= self._pages.popitem(last=False)[1].size
 
     def _forget(self, key: tuple[str, ListingRequest], page: _Page) -> None:
         with self._lock:
             if self._pages.get(key) is page:
                 del self._pages[key]
+                self._bytes -= page.size
 
 
 def _list(store: ObjectStore, request: ListingRequest) -> ListPage:

@@ -35,6 +35,9 @@ from peer.members import Member
 MOST_ASKED = 2
 """So many nodes are asked before the store at the most: each may cost a deadline when it is in trouble."""
 
+LEVELS = 4
+"""Of `Candidates.level`."""
+
 _DIGITS = 8
 """The tabulation reads so many hexadecimal digits of a unit's hash."""
 _TABLE_BYTES = 16 * _DIGITS
@@ -69,6 +72,8 @@ class Candidates:
     """
     is_owner: bool
     """Whether the asking node is the first of all: it fetches from the store, for everybody."""
+    level: int
+    """0: the owner; 1: the second; 2: the first of a zone; 3: nobody asks this node. A node only asks lower levels."""
     after: Member | None
     """For the owner: the next in the order, who was the owner before this node came and may have what it owned."""
 
@@ -99,15 +104,18 @@ class Ring:
         """Return whom node `me` asks for a unit. It need not be a member; `zone` counts only if it is none."""
         first = self.ranking(unit, MOST_ASKED)
         if first and first[0].node_id == me:
-            return Candidates((), is_owner=True, after=first[1] if len(first) > 1 else None)
+            return Candidates((), is_owner=True, level=0, after=first[1] if len(first) > 1 else None)
         before = [first[0]] if first and len(first) > 1 and first[1].node_id == me else list(first)
         myself = self._by_id.get(me)
+        level = 1 if len(before) < len(first) else 3
         near = self._zones.get(zone if myself is None else myself.zone)
         if near is not None:
             best = near.ranking(unit, 1)[0]
             if best.node_id != me:
                 before = [best, *(member for member in before if member is not best)]
-        return Candidates(tuple(before[:MOST_ASKED]), is_owner=False, after=None)
+            elif level == 3:
+                level = 2
+        return Candidates(tuple(before[:MOST_ASKED]), is_owner=False, level=level, after=None)
 
     def _build_zones(self) -> dict[str, Ring]:
         zones: dict[str, list[Member]] = {}

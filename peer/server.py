@@ -69,7 +69,7 @@ class PeerServer:
         listener = socket.create_server((address, port), family=family, backlog=BACKLOG)
         listener.setblocking(False)
         bound = int(listener.getsockname()[1])
-        self._address = f"{address}:{bound}"
+        self._address = f"[{address}]:{bound}" if ":" in address else f"{address}:{bound}"
         self._thread = threading.Thread(target=self._live, args=(listener,), name="peer-server", daemon=True)
         self._thread.start()
         self._running.wait()

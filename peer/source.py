@@ -23,7 +23,7 @@ from cachefs.metrics import Counters
 from cachefs.store.port import ObjectStore
 from cachefs.types import ObjectId, ObjectVersion, Tier, object_id
 from peer.members import PEER_PROTOCOL, Member, View
-from peer.placement import Candidates, Ring, unit_of
+from peer.placement import LEVELS, Candidates, Ring, unit_of
 from peer.ports import Asks
 from peer.wire import BlockRequest, NotHeld, PeerSlow, PeerUnavailable
 
@@ -78,8 +78,8 @@ class _Question:
 class PeerSource:
     """A `BlockSource` for one volume of a node with peers. Any thread.
 
-    It has two routes with slots of their own: for units that this node owns, whose fetches wait for the store only, and
-    for those of others. So a question of another node for what this one owns never waits for a question to another one.
+    It has a route, with slots of its own, for each place that this node can have in the order of a unit
+    (`Candidates.level`). Who waits in one of them waits for a lower one of another node, in the lowest for the store.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class PeerSource:
         self.neighbours = neighbours
         self._max_requests = max_requests
         self.doubts = Doubts()
-        self._own, self._theirs = _Route(self), _Route(self)
+        self._routes = tuple(_Route(self) for _ in range(LEVELS))
 
     @property
     def max_requests(self) -> int:
@@ -100,13 +100,13 @@ class PeerSource:
 
     def route(self, version: ObjectVersion, start: int) -> _Route:
         """See `BlockSource.route`."""
-        return self._own if self.candidates(self.object_id(version), start).is_owner else self._theirs
+        return self._routes[self.candidates(self.object_id(version), start).level]
 
     def read_blocks(
         self, version: ObjectVersion, start: int, buffers: Sequence[memoryview]
     ) -> Iterator[tuple[int, Tier]]:
         """See `BlockSource.read_blocks`."""
-        return self._theirs.read_blocks(version, start, buffers)
+        return self.route(version, start).read_blocks(version, start, buffers)
 
     def object_id(self, version: ObjectVersion) -> ObjectId:
         """Return the identity of a version's blocks."""
@@ -119,7 +119,7 @@ class PeerSource:
 
 
 class _Route:
-    """Reads ranges of a `PeerSource`; there are two, so that the ranges stand in two lines."""
+    """Reads ranges of a `PeerSource`; there are several, so that the ranges stand in several lines."""
 
     def __init__(self, source: PeerSource) -> None:
         self._source = source

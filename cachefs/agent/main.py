@@ -97,7 +97,7 @@ class Agent:
 
     async def _live(self, on_ready: Callable[[], None]) -> None:
         paths = AgentPaths.create(self._config)
-        peering = self._make_peering()
+        peering = await self._make_peering()
         guard = CrashGuard(paths.cache_dir)
         guard.begin([paths.disk, paths.volumes.in_use], in_memory=[paths.shm] if is_own(paths.shm) else [])
         self._settle_block_size(paths.disk)
@@ -127,10 +127,13 @@ class Agent:
                 report = Report(self._config, self._counters, self._reasons, self._log_file)
                 volumes.handicaps = functools.partial(report.handicaps, paths, cache)
                 alone = functools.partial(report.status, cache, volumes)
-                if peering is not None:
-                    try:
+                try:
+                    if peering is not None:
                         await peering.start(nursery, cache, (shm, disk), volumes, alone)
-                    except errors.CachefsError as error:
+                except errors.CachefsError as error:
+                    if await self._can_be_alone(error):
+                        peering = None
+                    else:
                         refused = error  # a nursery would put it into a group
                         nursery.cancel_scope.cancel()
                 server = Server(
@@ -231,13 +234,27 @@ class Agent:
         except Exception:
             log.exception("removing metadata that nobody uses failed")
 
-    def _make_peering(self) -> Peering | None:
+    async def _make_peering(self) -> Peering | None:
         """Return what makes this node a peer of others, if it is to be one. Raises UsageError."""
         if not self._peer.etcd_endpoints:
             return None
         from cachefs.agent.peering import Peering  # what nobody asked for is not even imported
 
-        return Peering(self._peer, self._config, self._counters)
+        try:
+            return Peering(self._peer, self._config, self._counters)
+        except errors.CachefsError as error:
+            if await self._can_be_alone(error):
+                return None
+            raise
+
+    async def _can_be_alone(self, error: Exception) -> bool:
+        """Whether to go on without peers: readers are there who need an agent more than peers. Else somebody who mounts
+        is told what is wrong.
+        """
+        if not await self._housework(inheritance.living_mounts, self._config):
+            return False
+        log.warning("this node goes on without peers until its agent is started again: %s", error)
+        return True
 
     def _settle_block_size(self, disk: Path) -> None:
         """Keep the size of the blocks that the disk tier has, if it has any."""

@@ -86,6 +86,7 @@ class Peering:
         self._volumes = volumes
         host, port = await trio.to_thread.run_sync(self._own_address)
         listen, listen_port = split_address(self._config.peer_listen) if self._config.peer_listen else (host, port)
+        listen_port = listen_port or port
         check_listen(listen, self._credentials, self._config.peer_insecure)
         holdings = PeerHoldings(cache, tiers, self._held, self._pages, lambda: summary_of(summary()), nursery)
         server = PeerServer(holdings, credentials=self._credentials, counters=self._counters)
@@ -96,11 +97,20 @@ class Peering:
             where = join_address(listen, listen_port)
             raise errors.UsageError(f"other nodes cannot be served at {where}: {why} (--peer-listen)") from error
         self._server = server
+        try:
+            await self._join(nursery, cache, join_address(host, port or bound))
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(server.close)
+            raise
+
+    async def _join(self, nursery: trio.Nursery, cache: BlockCache, address: str) -> None:
+        """Become a member who is reached at `address`."""
         identity = NodeIdentity(Path(self._cache.cache_dir))
         member = Member(
             node_id=await trio.to_thread.run_sync(identity.node_id),
             name=self._config.node_name or platform.node(),
-            address=join_address(host, port or bound),
+            address=address,
             zone=self._config.zone,
             weight=max(1, (self._cache.shm_size_bytes + self._cache.cache_size_bytes) // MIB),
             instance=secrets.token_hex(8),
@@ -154,21 +164,21 @@ class Peering:
 
     def sources(self, store: CurrentStore, prefix: str, rules: MetadataConfig) -> Sources:
         """Return where the blocks and listings of a volume come from."""
-        assert self._neighbours is not None
-        if not is_shared(store):
-            return Sources(store, store)
+        if self._neighbours is None or not is_shared(store):
+            return Sources(store)
         name = volume_name(store, prefix)
         blocks = PeerSource(name, store, self._neighbours, lambda: store.max_requests)
-        ttl_s = math.inf if rules.consistency is Consistency.IMMUTABLE else rules.metadata_ttl_s
-        if rules.consistency is Consistency.STRICT or not ttl_s:
-            return Sources(blocks, store)
+        ttl_s = rules.metadata_ttl_s
+        if rules.consistency is not Consistency.TTL or math.isinf(ttl_s) or not ttl_s:
+            return Sources(blocks)  # what is pinned for ever must not be older than the mount
         age_s = shared_age_s(ttl_s)
         return Sources(blocks, PeerListings(name, store, self._neighbours, self._pages, age_s), age_s)
 
     def volumes_changed(self) -> None:
         """Mounts came or went: tell the cluster what this node holds."""
         if self._membership is not None and self._volumes is not None:
-            held = [volume for volume in self._volumes.mounted() if is_shared(volume.store)]
+            keeps = self._cache.shm_size_bytes or self._cache.cache_size_bytes
+            held = [volume for volume in self._volumes.mounted() if keeps and is_shared(volume.store)]
             self._membership.set_volumes(frozenset(map(_name, held)))
 
     def _held(self, name: str) -> list[Volume]:

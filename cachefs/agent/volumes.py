@@ -121,7 +121,8 @@ class Sources:
     """Where a volume's blocks and listings come from: its store, or other nodes first."""
 
     blocks: BlockSource
-    listings: ObjectStore
+    listings: ObjectStore | None = None
+    """Other nodes, who may have a listing already."""
     listing_age_s: float = 0.0
     """How old a page of those listings may be."""
 
@@ -163,8 +164,9 @@ class Volume:
         self.store = store
         self.writer = writer
         self.blocks_from = sources.blocks
-        lister = Lister(writer, sources.listings, prefix, freshness, run_blocking, nursery, sources.listing_age_s)
-        self.lister = lister
+        self.lister = Lister(
+            writer, store, prefix, freshness, run_blocking, nursery, sources.listings, sources.listing_age_s
+        )
         self.resolver = Resolver(writer, store, prefix, freshness, run_blocking, self.lister)
         self.mounts: dict[int, AttachedMount] = {}
         self.mounted_at_s = 0.0
@@ -220,7 +222,7 @@ class Volumes:
         self._run_blocking = run_blocking
         self._housework = housework
         self._nursery = nursery
-        self._make_sources = make_sources or (lambda store, prefix, rules: Sources(store, store))
+        self._make_sources = make_sources or (lambda store, prefix, rules: Sources(store))
         self._opening = trio.Lock()
         self._marked_at = time.monotonic()
         self._complaints: dict[str, str] = {}

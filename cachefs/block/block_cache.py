@@ -280,6 +280,7 @@ class BlockCache:
         priority: Priority,
     ) -> tuple[list[Flight], list[Filled]]:
         """Return the flights to wait for (own and joined) and the blocks that are there already."""
+        line = source.route(version, indexes.start * self.block_size)  # of most of them: a window is within few parts
         flights: list[Flight] = []
         ready: list[Filled] = []
         from_disk: list[Flight] = []
@@ -301,15 +302,15 @@ class BlockCache:
             (from_disk if place is Tier.DISK else from_origin).append(flight)
         if priority is Priority.READAHEAD:
             self._counters.add(metrics.READAHEAD_BLOCKS.name, len(from_disk) + len(from_origin))
-            waiting = self._origin_lane.waiting_readahead(source) + self._disk_lane.waiting_readahead(None)
+            waiting = self._origin_lane.waiting_readahead(line) + self._disk_lane.waiting_readahead(None)
             if waiting > MAX_WAITING_READAHEAD:
                 self._counters.add(metrics.READAHEAD_DROPPED.name, len(from_disk) + len(from_origin))
                 return flights, ready
         for flight in (*from_disk, *from_origin):
             self._flights[flight.key] = flight
-        for group in ranges_of(from_disk, self.block_size, self._origin_lane.under_way(source)):
+        for group in ranges_of(from_disk, self.block_size, self._origin_lane.under_way(line)):
             self._promote(version, source, group, priority)
-        for group in ranges_of(from_origin, self.block_size, self._origin_lane.under_way(source)):
+        for group in ranges_of(from_origin, self.block_size, self._origin_lane.under_way(line)):
             self._fetch(version, source, group, priority)
         if ready:
             self.touch([block_key(oid, block.index) for block in ready])
@@ -355,7 +356,8 @@ class BlockCache:
             if priority is Priority.DEMAND:
                 self._quiet_since = trio.current_time()
             # One bad block beside a good one leaves a gap, and a range has none: each group of neighbours by itself.
-            for group in ranges_of(left, self.block_size, self._origin_lane.under_way(source)):
+            line = source.route(version, flights[0].index * self.block_size)
+            for group in ranges_of(left, self.block_size, self._origin_lane.under_way(line)):
                 self._fetch(version, source, group, priority)
 
         job = Job(work, finished, sum(flight.length for flight in flights), priority)

@@ -18,6 +18,7 @@ from cachefs.store.port import ListPage
 from cachefs.types import ROOT_INO, Consistency, Ino
 from metadata.freshness import Freshness
 from metadata.listing import Lister
+from metadata.resolver import Resolver
 from metadata.store import MetadataWriter
 from tests.support.tree import IDENTITY, ReorderedStore, scan_all
 
@@ -104,7 +105,7 @@ async def test_pages_that_may_be_old_count_as_old(writer, store, nursery):
     """They come from another node, which may have asked the store some seconds ago."""
     store.put("v/a", b"x")
     section = MetadataConfig(metadata_ttl_s=60.0)
-    lister = Lister(writer, store, "v", Freshness(section), in_thread, nursery, age_s=15.0)
+    lister = Lister(writer, GatedStore(), "v", Freshness(section), in_thread, nursery, store, 15.0)
     progress = await lister.list_directory(ROOT_INO, None)
     assert progress.complete
     assert 44 < progress.valid_s <= 45
@@ -112,6 +113,47 @@ async def test_pages_that_may_be_old_count_as_old(writer, store, nursery):
     assert known is not None
     age_s = (time.time_ns() - known.checked_ns) / 1e9
     assert 15 <= age_s < 17
+
+
+async def test_a_name_that_vanished_is_not_brought_back_by_an_old_page(writer, store, nursery):
+    """The other node asked the store before the name was deleted."""
+    store.put("v/a", b"x")
+    store.put("v/b", b"x")
+    old = GatedStore()
+    old.put("v/a", b"x")
+    old.put("v/b", b"x")
+    section = MetadataConfig(metadata_ttl_s=1.0)
+    lister = Lister(writer, store, "v", Freshness(section), in_thread, nursery, old, 0.25)
+    resolver = Resolver(writer, store, "v", Freshness(section), in_thread, lister)
+    assert (await lister.list_directory(ROOT_INO, None)).complete
+    assert (old.pages, store.pages) == ([None], [])
+    store.delete("v/a")
+    await trio.sleep(1.05)
+    assert (await resolver.resolve(ROOT_INO, b"a")).ino is None
+    await lister.list_directory(ROOT_INO, None)
+    assert names(writer) == [b"b"]
+    assert (old.pages, store.pages) == ([None], [None])
+    await trio.sleep(1.05)
+    await lister.list_directory(ROOT_INO, None)
+    assert old.pages == [None, None], "trusted again"
+
+
+async def test_a_page_on_its_way_is_asked_for_again_when_a_name_vanishes(writer, store, nursery):
+    for each in ("v/a", "v/b"):
+        store.put(each, b"x")
+    section = MetadataConfig(metadata_ttl_s=60.0)
+    slow = GatedStore()
+    slow.put("v/a", b"x")
+    slow.close_gate()
+    lister = Lister(writer, store, "v", Freshness(section), in_thread, nursery, slow, 10.0)
+    async with trio.open_nursery() as readers:
+        readers.start_soon(lister.list_directory, ROOT_INO, None)
+        while not slow.pages:  # noqa: ASYNC110 - a thread changes it
+            await trio.sleep(0.01)
+        lister.name_vanished()
+        slow.gate.release()
+    assert store.pages == [None]
+    assert names(writer) == [b"a", b"b"]
 
 
 async def test_many_waiters_share_one_listing(writer, store, nursery):

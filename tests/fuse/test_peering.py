@@ -325,3 +325,30 @@ def test_readers_do_not_wait_for_etcd_when_their_agent_has_died(
     finally:
         etcd.resume()
     wait_for_members(node, os.uname().nodename)
+
+
+def test_an_agent_that_cannot_be_a_peer_any_more_serves_its_readers(
+    make_node: Callable[..., Node], bucket: Bucket, options: list[str], secret: Path
+) -> None:
+    node = make_node()
+    mount = node.mount(bucket.url, *options)
+    assert (mount.path / "small").read_bytes() == OBJECTS["small"]
+    secret.unlink()
+    killed = node.kill_agent()
+    assert (mount.path / "large").read_bytes() == OBJECTS["large"]
+    node.wait_for_agent(killed)
+    assert "goes on without peers until its agent is started again: --peer-secret-file" in node.full_log()
+    assert node.status()["agents"][0]["cluster"] is None
+    assert (node.shm_directory / "data.mdb").exists() or any(node.shm_directory.iterdir()), "the warm tier stays"
+    assert (mount.path / "small").read_bytes() == OBJECTS["small"]
+
+
+def test_the_advertised_port_is_the_one_that_is_bound(
+    make_node: Callable[..., Node], bucket: Bucket, options: list[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    node = make_node()
+    node.mount(bucket.url, *options, f"--advertise=127.0.0.1:{port}", "--peer-listen=127.0.0.1")
+    cluster = node.status()["agents"][0]["cluster"]
+    assert cluster["server"]["address"] == cluster["members"][0]["address"] == f"127.0.0.1:{port}"

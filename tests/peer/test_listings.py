@@ -116,13 +116,16 @@ def test_a_failure_reaches_all_who_wait_and_is_not_kept(store: Store) -> None:
 
 
 def test_what_is_kept_is_bounded(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listings, "KEPT_BYTES", 2000)
+    monkeypatch.setattr(listings, "KEPT_BYTES", 50_000)
     pages = ListingPages()
     for number in range(200):
         pages.page(store, request(prefix="p/", limit=1000 - number))
-    assert pages._bytes <= 2000
-    assert pages._bytes == sum(len(page.encoded) for page in pages._pages.values())
-    assert 0 < len(pages._pages) < 200
+    assert pages._bytes <= 50_000
+    assert pages._bytes == sum(page.size for page in pages._pages.values())
+    assert 0 < len(pages._pages) < 30
+    monkeypatch.setattr(listings, "MAX_AGE_S", 0.0)
+    pages.page(store, request())
+    assert len(pages._pages) <= 1, "nobody would take the others any more"
 
 
 class Client:

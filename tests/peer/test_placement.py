@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from cachefs.types import PART_BYTES, ObjectId
 from peer.members import Member
-from peer.placement import MOST_ASKED, Candidates, Ring, ranking, unit_of
+from peer.placement import LEVELS, MOST_ASKED, Candidates, Ring, ranking, unit_of
 from tests.support.programs import REPOSITORY
 
 MIB = 1 << 20
@@ -216,9 +216,9 @@ def test_a_weight_that_grows_only_takes_and_one_that_shrinks_only_gives(
 
 
 def test_alone_and_with_nobody() -> None:
-    assert Ring([]).candidates(b"u", "me") == Candidates((), is_owner=False, after=None)
-    assert Ring([node(1)]).candidates(b"u", node(1).node_id) == Candidates((), is_owner=True, after=None)
-    assert Ring([node(1)]).candidates(b"u", "me") == Candidates((node(1),), is_owner=False, after=None)
+    assert Ring([]).candidates(b"u", "me") == Candidates((), is_owner=False, level=3, after=None)
+    assert Ring([node(1)]).candidates(b"u", node(1).node_id) == Candidates((), is_owner=True, level=0, after=None)
+    assert Ring([node(1)]).candidates(b"u", "me") == Candidates((node(1),), is_owner=False, level=3, after=None)
 
 
 @given(members.filter(bool), st.integers(0))
@@ -234,7 +234,7 @@ def test_without_zones_the_first_two_are_asked(nodes: list[Member], which: int) 
         assert found.is_owner == (place == 0)
         assert found.after == (order[1] if place == 0 and len(order) > 1 else None)
         stranger = ring.candidates(unit, "stranger")
-        assert stranger == Candidates(order[:MOST_ASKED], is_owner=False, after=None)
+        assert stranger == Candidates(order[:MOST_ASKED], is_owner=False, level=3, after=None)
 
 
 @given(members.filter(bool))
@@ -249,6 +249,9 @@ def test_who_waits_never_waits_for_himself(nodes: list[Member]) -> None:
             assert len(set(asked.before)) == len(asked.before) <= MOST_ASKED
             assert asked.is_owner == (place[me.node_id] == 0)
             assert bool(asked.before) != asked.is_owner, "whoever is not the owner has somebody to ask"
+            assert asked.level in range(LEVELS)
+            for other in asked.before:
+                assert ring.candidates(unit, other.node_id, other.zone).level < asked.level, "in whose line I wait"
 
 
 def test_the_first_of_the_own_zone_is_asked_first() -> None:

@@ -255,9 +255,14 @@ async def test_closing_ends_fills_that_hang(place: Path) -> None:
         await rig.fill(obj("c"))
 
 
-async def test_too_much_readahead_is_dropped(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("routed", [False, True], ids=["one line", "by a route"])
+async def test_too_much_readahead_is_dropped(place: Path, monkeypatch: pytest.MonkeyPatch, routed: bool) -> None:
     monkeypatch.setattr(block_cache, "MAX_WAITING_READAHEAD", 3)
     async with opened(place, shm=64 * MIB, requests=1) as rig:
+        if routed:
+            line = Source(max_requests=1)
+            line.gate = rig.source.gate
+            monkeypatch.setattr(rig.source, "route", lambda version, start: line)
         rig.source.gate.clear()
         async with trio.open_nursery() as nursery:
             for number in range(20):

@@ -37,6 +37,7 @@ class FakeHoldings:
         self.asked: dict[str, int] = {}
         self.before_fetch: Callable[[str], Exception | None] = lambda _: None
         self.before_list: Callable[[], None] = lambda: None
+        self.before_listing_of: Callable[[str], object] = lambda volume: None
         self.gate = threading.Event()
         """Fetches wait until it is set."""
         self.gate.set()
@@ -176,6 +177,7 @@ class FakeHoldings:
         """See `Holdings.list_page`."""
         self._count("list")
         self.before_list()
+        self.before_listing_of(volume)
         if volume != VOLUME:
             raise errors.NotFound("this node does not hold that volume")
         if isinstance(self.page, Exception):

@@ -166,8 +166,9 @@ def test_the_owner_of_a_directory_is_asked(store: Store) -> None:
     assert len({name for name, _ in client.asked}) == 1, "all pages of a directory have one owner"
     assert client.asked[0][1] == request(max_age_s=12.0)
     assert client.asked[1][1] == request(max_age_s=12.0, token="next")
-    owners = {shared.list_page(f"p/{n}/") and client.asked[-1][0] for n in range(50)}
-    assert owners == {"b", "c", "d"}
+    for number in range(50):
+        shared.list_page(f"p/{number}/")
+    assert {name for name, _ in client.asked} == {"b", "c", "d"}
     assert store.pages == []
     assert counters.get("peer_listing_pages") == 52
 

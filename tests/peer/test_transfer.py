@@ -17,11 +17,11 @@ import trio.testing
 
 from cachefs import errors
 from cachefs.types import ObjectVersion
-from peer import frames, wire
+from peer import frames, streams, wire
 from peer.limits import ServerLimits
 from peer.room import ByteRoom
 from peer.server import PeerServer
-from peer.wire import BatchRequest, ListingRequest, NotHeld, PeerSlow, PeerUnavailable
+from peer.wire import BatchRequest, ListingRequest, NotHeld, PeerUnavailable
 from tests.peer.fake_holdings import BLOCK, VOLUME, body_of, listing
 from tests.peer.rig import KINDS, Askers, Node, Nodes, Trust, asker, leaves_nothing, node, read_request, trust
 
@@ -156,50 +156,6 @@ def test_an_owner_that_fetches_for_long_is_waited_for(node: Nodes, asker: Askers
     assert time.monotonic() - began > 1.5
 
 
-def test_a_listing_that_takes_long_is_waited_for(node: Nodes, asker: Askers) -> None:
-    there, here = node(), asker(silence_s=0.6)
-    there.holdings.before_list = lambda: time.sleep(1.2)
-    assert here.client.list_page(there.member, LISTING)[0] == there.holdings.page
-
-
-def test_listings_of_a_volume_that_hang_keep_no_other_waiting(node: Nodes, asker: Askers) -> None:
-    over = threading.Event()
-    there, here = node(limits=ServerLimits(listing_threads=1)), asker()
-    there.holdings.before_listing_of = lambda volume: volume == VOLUME or over.wait(20)
-    hanging = msgspec.structs.replace(LISTING, volume="f" * 16)
-
-    def hang() -> None:
-        with contextlib.suppress(PeerUnavailable):
-            here.client.list_page(there.member, hanging)
-
-    threads = [threading.Thread(target=hang) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    time.sleep(0.1)
-    began = time.monotonic()
-    assert here.client.list_page(there.member, LISTING)[0] == there.holdings.page
-    assert here.client.status(there.member)["version"] == "9.9.9"
-    assert time.monotonic() - began < 0.5
-    over.set()
-    for thread in threads:
-        thread.join(10)
-
-
-def test_a_slow_listing_says_nothing_about_blocks(node: Nodes, asker: Askers) -> None:
-    there, here = node(), asker(patience_s=0.3)
-    there.holdings.before_list = lambda: time.sleep(1.0)
-    with pytest.raises(PeerSlow):
-        here.client.list_page(there.member, LISTING)
-    assert here.client.health(there.member)["state"] == "closed"
-
-
-def test_a_listing_that_takes_too_long(node: Nodes, asker: Askers) -> None:
-    there, here = node(limits=ServerLimits(listing_s=0.3)), asker()
-    there.holdings.before_list = lambda: time.sleep(0.8)
-    with pytest.raises(PeerUnavailable, match="too long"):
-        here.client.list_page(there.member, LISTING)
-
-
 def test_the_first_blocks_come_while_the_last_are_fetched(node: Nodes, asker: Askers) -> None:
     there, here = node(), asker()
     version = there.holdings.put("cold", 4 * BLOCK, "store")
@@ -235,9 +191,19 @@ def test_the_map_is_let_go_while_nobody_reads(node: Nodes, trust: Trust, kind: s
     there.wait_for(connections=0)
 
 
-def test_a_block_that_is_evicted_while_it_is_sent_comes_from_the_disk(
-    node: Nodes, asker: Askers, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def small_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A socket takes a MiB at a time, however fast the other side reads."""
+    offer = streams.PlainStream.offer
+
+    def offer_little(self: streams.PlainStream, pieces: Sequence[wire.Buffer]) -> int:
+        return offer(self, [memoryview(next(piece for piece in pieces if len(piece)))[: 1 << 20]])
+
+    monkeypatch.setattr(streams.PlainStream, "offer", offer_little)
+
+
+@pytest.mark.usefixtures("small_socket")
+def test_a_block_that_is_evicted_while_it_is_sent_comes_from_the_disk(node: Nodes, asker: Askers) -> None:
     there, here = node(block_size=12 << 20), asker()
     version = there.holdings.put("large", 12 << 20)
     key = there.holdings.key(version, 0)
@@ -248,6 +214,7 @@ def test_a_block_that_is_evicted_while_it_is_sent_comes_from_the_disk(
     assert not there.holdings.memory
 
 
+@pytest.mark.usefixtures("small_socket")
 def test_a_block_that_vanishes_while_it_is_sent_ends_the_connection(node: Nodes, asker: Askers) -> None:
     there, here = node(block_size=12 << 20), asker()
     version = there.holdings.put("large", 12 << 20)

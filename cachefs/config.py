@@ -292,6 +292,11 @@ def split_address(text: str) -> tuple[str, int]:
     return host, int(port or 0)
 
 
+def join_address(host: str, port: int) -> str:
+    """Return HOST:PORT, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _is_address(text: str) -> bool:
     try:
         ipaddress.ip_address(text)

@@ -21,6 +21,7 @@ from typing import Any
 import trio
 
 from cachefs import metrics
+from cachefs.config import join_address
 from cachefs.logs import ThrottledWarning
 from cachefs.metrics import Counters
 from peer.answers import Answers
@@ -69,7 +70,7 @@ class PeerServer:
         listener = socket.create_server((address, port), family=family, backlog=BACKLOG)
         listener.setblocking(False)
         bound = int(listener.getsockname()[1])
-        self._address = f"[{address}]:{bound}" if ":" in address else f"{address}:{bound}"
+        self._address = join_address(address, bound)
         self._thread = threading.Thread(target=self._live, args=(listener,), name="peer-server", daemon=True)
         self._thread.start()
         self._running.wait()

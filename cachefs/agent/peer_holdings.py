@@ -87,7 +87,7 @@ class PeerHoldings:
 
     def _start(self, volume: str, version: ObjectVersion, first: int, count: int, fetched: Fetched) -> None:
         """In the trio thread."""
-        try:
+        with _failures_told(fetched):
             held = self._held(volume, version.key)
             if held.store.now.counters.condition.failing and not self._may_try(volume):
                 raise errors.StorageUnavailable("the store does not answer here", retryable=False)
@@ -96,11 +96,6 @@ class PeerHoldings:
                 return
             oid = object_id(held.store.endpoint, held.store.bucket, version)
             self._cache.start(oid, version, held.blocks_from, first, count, lambda found: _tell(fetched, found))
-        except errors.CachefsError as error:
-            fetched(error)
-        except Exception as error:
-            log.exception("a question of another node failed")
-            fetched(errors.StorageUnavailable(f"{type(error).__name__}: {error}"))
 
     def _may_try(self, volume: str) -> bool:
         """Whether to try a store that fails, so that others learn when it is back: not often, since who asks waits."""
@@ -114,14 +109,9 @@ class PeerHoldings:
         """There is no shm tier that would hold the blocks until they are sent."""
         cache = self._cache
         oid = object_id(held.store.endpoint, held.store.bucket, version)
-        try:
+        with _failures_told(fetched):
             async with cache.carriage.room(self, cache.carried_bytes(version, first, count)):
                 _tell(fetched, await cache.fill(oid, version, held.blocks_from, first, count, inline=True))
-        except errors.CachefsError as error:
-            fetched(error)
-        except Exception as error:
-            log.exception("a question of another node failed")
-            fetched(errors.StorageUnavailable(f"{type(error).__name__}: {error}"))
 
     def _held(self, volume: str, key: str) -> Volume:
         """Return the volume of this name. Raises NotFound."""
@@ -147,3 +137,15 @@ class PeerHoldings:
 
 def _tell(fetched: Fetched, found: list[Filled] | Exception) -> None:
     fetched(found if isinstance(found, Exception) else {block.index: block.payload for block in found})
+
+
+@contextlib.contextmanager
+def _failures_told(fetched: Fetched) -> Iterator[None]:
+    """Let who asked know what goes wrong inside: it leaves as an answer, not as an exception."""
+    try:
+        yield
+    except errors.CachefsError as error:
+        fetched(error)
+    except Exception as error:
+        log.exception("a question of another node failed")
+        fetched(errors.StorageUnavailable(f"{type(error).__name__}: {error}"))

@@ -30,7 +30,7 @@ from cachefs.agent.peer_holdings import PeerHoldings
 from cachefs.agent.volumes import CurrentStore, Sources, Volume, Volumes
 from cachefs.block.block_cache import BlockCache
 from cachefs.block.lmdb_tier import TierWriter
-from cachefs.config import CacheConfig, MetadataConfig, PeerConfig, split_address
+from cachefs.config import CacheConfig, MetadataConfig, PeerConfig, join_address, split_address
 from cachefs.metrics import Counters
 from cachefs.store.port import ObjectStore
 from cachefs.types import Consistency
@@ -297,8 +297,3 @@ def address_towards(url: str) -> str:
             f"no way to {url} can be found ({error.strerror or error}): "
             "say with --advertise where others reach this node"
         ) from error
-
-
-def join_address(host: str, port: int) -> str:
-    """Return HOST:PORT, with brackets around an IPv6 address."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -35,6 +35,7 @@ from cachefs.types import BlockKey, ObjectVersion, Tier, block_key, object_id
 from peer.client import PeerClient
 from peer.connections import Connection
 from peer.credentials import PeerCredentials
+from peer.leash import Leash
 from peer.limits import ClientLimits
 from peer.members import Member
 from peer.ports import Fetched
@@ -73,6 +74,14 @@ class TierHoldings:
     def lend(self, key: BlockKey, length: int) -> AbstractContextManager[memoryview | None]:
         """See `Holdings.lend`."""
         return self._tier.lend(key, length)
+
+    def level(self, *_: object) -> int:
+        """See `Holdings.level`."""
+        return 0
+
+    def stored(self, key: BlockKey) -> bool:
+        """See `Holdings.stored`."""
+        return False
 
     def load(self, key: BlockKey, length: int) -> bytes | None:
         """See `Holdings.load`."""
@@ -191,11 +200,12 @@ def from_nginx(port: int, credentials: PeerCredentials) -> Callable[[], Callable
     sums = [xxhash.xxh3_64_intdigest(payload(LARGE, index)) for index in range(64)]
 
     def make() -> Callable[[int], int]:
-        connection = Connection(member_at(port, credentials), credentials, ClientLimits())
+        leash = Leash()
+        connection = Connection(member_at(port, credentials), credentials, ClientLimits(), leash)
         place = memoryview(bytearray(BLOCK))
 
         def ask(call: int) -> int:
-            answer = connection.ask("GET", f"/block-{call % 64}", b"", time.monotonic() + 15, 1.0)
+            answer = connection.ask("GET", f"/block-{call % 64}", b"", time.monotonic() + 15, 1.0, leash)
             answer.into(place)
             assert xxhash.xxh3_64_intdigest(place) == sums[call % 64]
             return BLOCK

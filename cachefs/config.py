@@ -14,12 +14,14 @@ import enum
 import ipaddress
 import math
 import re
+import urllib.parse
 from dataclasses import dataclass, field
 from typing import Any
 
 from cachefs.types import Consistency
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+ETCD_PORT = 2379
 
 
 class Addressing(enum.StrEnum):
@@ -290,6 +292,25 @@ def split_address(text: str) -> tuple[str, int]:
     if not is_host or (port and not (re.fullmatch(r"[0-9]{1,5}", port) and int(port) < 1 << 16)):
         raise ValueError(f"'{text}' is no address: write ADDR or ADDR:PORT")
     return host, int(port or 0)
+
+
+def split_endpoint(url: str) -> tuple[bool, str, int]:
+    """Return whether an address of etcd asks for TLS, its host and its port (2379 without one).
+
+    Raises ValueError; its text shows no password that was written into the address.
+    """
+    shown = re.sub(r"//[^/@]*@", "//***@", url)
+    wrong = f"{shown}: must look like http://HOST:PORT or https://HOST:PORT"
+    if not re.fullmatch(r"https?://[^/?#\s@,]+/?", url):
+        raise ValueError(wrong)
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, port = parts.hostname, parts.port or ETCD_PORT
+    except ValueError as error:
+        raise ValueError(f"{wrong} ({error})") from error
+    if not host:
+        raise ValueError(wrong)
+    return parts.scheme == "https", host, port
 
 
 def join_address(host: str, port: int) -> str:

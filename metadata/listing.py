@@ -20,12 +20,12 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import trio
 
 from cachefs.errors import CachefsError, NotFound, StorageUnavailable
-from cachefs.store.port import ObjectStore
+from cachefs.store.port import ListPage, ObjectStore
 from cachefs.types import Ino
 from metadata.facts import PageEntries, page_entries
 from metadata.flights import Later
@@ -39,6 +39,14 @@ PAGE_LIMIT = 1000
 
 RunBlocking = Callable[..., Awaitable[Any]]
 """Runs a blocking function with its positional arguments in a thread of the agent's."""
+
+
+class PageSource(Protocol):
+    """Gives pages of directories: a store, or another node that has them. Any thread; BLOCKS."""
+
+    def list_page(self, prefix: str, *, token: str | None = None, limit: int = 1000) -> ListPage:
+        """See `ObjectStore.list_page`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +68,23 @@ class _Page:
     """From elsewhere."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Elsewhere:
+    """Who else gives pages of the same store."""
+
+    store: PageSource | None = None
+    age_ns: int = 0
+    """How old they may be."""
+
+
 class _Flight:
     """One listing on its way."""
 
-    def __init__(self, ino: Ino, begun_ns: int) -> None:
+    def __init__(self, ino: Ino, elsewhere: _Elsewhere) -> None:
         self.ino = ino
-        self.begun_ns = begun_ns
+        self.elsewhere = elsewhere
+        """The same from its first page to its last: all of them count as so old."""
+        self.begun_ns = time.time_ns() - elsewhere.age_ns
         self.frontier = b""
         """Up to where waiters may read; stays empty when the listing does not stream."""
         self.over = False
@@ -89,7 +108,7 @@ class Lister:
         freshness: Freshness,
         run_blocking: RunBlocking,
         nursery: trio.Nursery,
-        elsewhere: ObjectStore | None = None,
+        elsewhere: PageSource | None = None,
         age_s: float = 0.0,
     ) -> None:
         """`elsewhere` gives pages of the same store that may be `age_s` old: they count as asked for so long ago."""
@@ -100,10 +119,14 @@ class Lister:
         self._freshness = freshness
         self._run_blocking = run_blocking
         self._nursery = nursery
-        self._elsewhere = elsewhere
-        self._age_ns = 0 if elsewhere is None else round(age_s * 1e9)
-        self._distrust_until = -math.inf
+        self._elsewhere = _Elsewhere()
+        self._vanished_at = -math.inf
         self._flights: dict[Ino, _Flight] = {}
+        self.borrow_from(elsewhere, age_s)
+
+    def borrow_from(self, elsewhere: PageSource | None, age_s: float) -> None:
+        """Have listings that begin from now on ask `elsewhere` first (None: the store alone), as at the beginning."""
+        self._elsewhere = _Elsewhere() if elsewhere is None else _Elsewhere(elsewhere, round(age_s * 1e9))
 
     async def list_directory(self, ino: Ino, seen: bytes | None) -> Progress:
         """Return when the listing of `ino` is complete, or has something for a reader who has come to `seen`.
@@ -123,17 +146,16 @@ class Lister:
                 await flight.news.wait()
             flight = self._flights.get(ino)
         if flight is None:
-            flight = self._flights[ino] = _Flight(ino, time.time_ns() - self._age_ns)
+            flight = self._flights[ino] = _Flight(ino, self._elsewhere)
             self._nursery.start_soon(self._drive, flight, name=f"listing {ino}")
         return await self._wait(flight, seen or b"")
 
     def name_vanished(self) -> None:
         """The store was asked for a name, and does not have it any more: pages from before that would bring it back."""
-        self._distrust_until = time.monotonic() + self._age_ns / 1e9
+        self._vanished_at = time.monotonic()
 
-    @property
-    def _distrusts(self) -> bool:
-        return time.monotonic() < self._distrust_until
+    def _trusts(self, elsewhere: _Elsewhere) -> bool:
+        return time.monotonic() >= self._vanished_at + elsewhere.age_ns / 1e9
 
     async def _wait(self, flight: _Flight, seen: bytes) -> Progress:
         while not flight.over:
@@ -164,18 +186,21 @@ class Lister:
 
     async def _list(self, flight: _Flight) -> None:
         key = self._reader.key_of(flight.ino)
-        run: ListingRun = await self._run_blocking(self._writer.begin_listing, flight.ino, time.time_ns(), self._age_ns)
-        page = await self._fetch(key, None)
+        elsewhere = flight.elsewhere
+        run: ListingRun = await self._run_blocking(
+            self._writer.begin_listing, flight.ino, time.time_ns(), elsewhere.age_ns
+        )
+        page = await self._fetch(elsewhere, key, None)
         at: str | None = None
         while True:
-            if page.borrowed and self._distrusts:
-                page = await self._fetch(key, at)
+            if page.borrowed and not self._trusts(elsewhere):
+                page = await self._fetch(elsewhere, key, at)
             ahead: Later[_Page] = Later()
             committed: Later[None] = Later()
             token = page.entries.next_token
             async with trio.open_nursery() as pair:
                 if token is not None:
-                    pair.start_soon(ahead.run, functools.partial(self._fetch, key, token))
+                    pair.start_soon(ahead.run, functools.partial(self._fetch, elsewhere, key, token))
                 await committed.run(functools.partial(self._commit, run, page))
                 if committed.error is None and run.streaming:  # readers need not wait for the page ahead
                     flight.frontier = run.frontier
@@ -187,16 +212,16 @@ class Lister:
             if page.entries.next_token == token:
                 raise StorageUnavailable("the store lists the same page again and again", retryable=False)
 
-    async def _fetch(self, key: str, token: str | None) -> _Page:
+    async def _fetch(self, elsewhere: _Elsewhere, key: str, token: str | None) -> _Page:
         asked_ns = time.time_ns()
-        if self._elsewhere is None or self._distrusts:
+        if elsewhere.store is None or not self._trusts(elsewhere):
             return _Page(await self._run_blocking(_list_page, self._store, key, token), asked_ns, borrowed=False)
-        entries: PageEntries = await self._run_blocking(_list_page, self._elsewhere, key, token)
-        return _Page(entries, asked_ns - self._age_ns, borrowed=True)
+        entries: PageEntries = await self._run_blocking(_list_page, elsewhere.store, key, token)
+        return _Page(entries, asked_ns - elsewhere.age_ns, borrowed=True)
 
     async def _commit(self, run: ListingRun, page: _Page) -> None:
         await self._run_blocking(self._writer.commit_page, run, page.entries, page.asked_ns, time.time_ns())
 
 
-def _list_page(store: ObjectStore, key: str, token: str | None) -> PageEntries:
+def _list_page(store: PageSource, key: str, token: str | None) -> PageEntries:
     return page_entries(store.list_page(key, token=token, limit=PAGE_LIMIT), key)

@@ -10,6 +10,7 @@ starts again is another instance, and begins closed. Thread-safe.
 from __future__ import annotations
 
 import enum
+import math
 import random
 import threading
 import time
@@ -50,6 +51,7 @@ class Breaker:
         self._closed_at = 0.0
         """When the pause ends; meaningful while there is one."""
         self._trial_until: float | None = None
+        self._outrun_at = -math.inf
         self.latency_s: float | None = None
         """How long it lately took until the head of an answer came (exponentially weighted mean)."""
 
@@ -64,7 +66,7 @@ class Breaker:
         return BreakerState.OPEN if self._clock() < self._closed_at else BreakerState.HALF_OPEN
 
     def allow(self) -> bool:
-        """Return whether to ask now. Who is told yes reports with one of the three methods below."""
+        """Return whether to ask now. Who is told yes reports with one of the four methods below."""
         if not self._pause_s:
             return True
         with self._lock:
@@ -102,6 +104,17 @@ class Breaker:
         """Nobody waited for the answer."""
         with self._lock:
             self._trial_until = None
+
+    def outrun(self, asked_at: float) -> None:
+        """Nothing was heard of it, and somebody else, who was asked later, had answered by then: a failure. All who
+        were asking at that moment count as one: a node that stands still for a moment is not one that is gone.
+        """
+        with self._lock:
+            counts, self._outrun_at = asked_at >= self._outrun_at, max(self._outrun_at, self._clock())
+        if counts:
+            self.failed()
+        else:
+            self.abandoned()
 
     def took(self, seconds: float) -> None:
         """The head of an answer came after so long."""

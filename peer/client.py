@@ -26,6 +26,7 @@ from peer.breaker import Breaker, Breakers
 from peer.connections import Connection, Connections, NoConnection, place_of
 from peer.credentials import PeerCredentials
 from peer.incoming import Answer, Broken, Closed
+from peer.leash import Leash
 from peer.limits import ClientLimits
 from peer.members import Member
 from peer.wire import (
@@ -42,6 +43,8 @@ from peer.wire import (
 STATUS_BYTES = 4 << 20
 STATUS_S = 5.0
 TEXT_BYTES = 4096
+UNKNOWN_S = 0.1
+"""The latency that a node is believed to have before it was asked: the first answer takes a connection, too."""
 DRAIN_BYTES = 64 << 10
 """So much of an answer that is not wanted any more is received, to keep the connection."""
 
@@ -50,13 +53,15 @@ class _Call:
     """One call under way."""
 
     def __init__(
-        self, peer: Member, connection: Connection, answer: Answer, breaker: Breaker, patience_s: float
+        self, peer: Member, connection: Connection, answer: Answer, breaker: Breaker, limits: ClientLimits, leash: Leash
     ) -> None:
         self.peer = peer
         self.connection = connection
         self.answer = answer
         self._breaker = breaker
-        self._patience_s = patience_s
+        self._leash = leash
+        self._usual_s = limits.patience_times * breaker.wait_s
+        self._patience_s = max(limits.patience_s, self._usual_s)
         self._waits_since = time.monotonic()
         self._head = memoryview(bytearray(wire.FRAME_BYTES))
 
@@ -75,6 +80,7 @@ class _Call:
                 return head
             if head.length:
                 raise Broken("a WAIT frame with a payload")
+            self._leash.waited(waited_s, self._usual_s)
             if waited_s > self._patience_s:
                 raise PeerSlow(f"{self.peer.name} lives, and has not got the block for {waited_s:.1f} s")
 
@@ -108,11 +114,16 @@ class PeerClient:
     # -- calls ---------------------------------------------------------------------------------------------------------
 
     def read_blocks(
-        self, peer: Member, request: BlockRequest | BatchRequest, buffers: Sequence[memoryview]
+        self,
+        peer: Member,
+        request: BlockRequest | BatchRequest,
+        buffers: Sequence[memoryview],
+        leash: Leash | None = None,
     ) -> Iterator[int]:
         """Fill the buffers, one after the other, with the blocks of a request, each as long as its block.
 
         Yields the number of buffers that are full and verified. A buffer whose number was not yielded holds anything.
+        `leash` hears when the call gets nowhere, and can end it.
         Raises, before the first or after any: NotHeld, PeerUnavailable.
         """
         batch = request.batch() if isinstance(request, BlockRequest) else request
@@ -121,7 +132,8 @@ class PeerClient:
             raise ValueError("the buffers are not as long as the blocks")
         size = sum(block.length for block in blocks)
         body = wire.encode_batch(batch)
-        with self._call(peer, "POST", wire.BLOCKS_PATH, body, size=size, head_s=self._limits.head_s) as call:
+        head_s = self._limits.head_s
+        with self._call(peer, "POST", wire.BLOCKS_PATH, body, size=size, head_s=head_s, leash=leash) as call:
             for block, buffer in zip(blocks, buffers, strict=True):
                 self._block(call, block, len(blocks), buffer)
                 yield block.number + 1
@@ -200,10 +212,19 @@ class PeerClient:
 
     @contextmanager
     def _call(
-        self, peer: Member, method: str, target: str, body: bytes, *, head_s: float, size: int = 0
+        self,
+        peer: Member,
+        method: str,
+        target: str,
+        body: bytes,
+        *,
+        head_s: float,
+        size: int = 0,
+        leash: Leash | None = None,
     ) -> Iterator[_Call]:
         """Make a call: inside, the head of a good answer is there. Raises PeerUnavailable for all that goes wrong."""
         breaker = self._breakers.of(peer.node_id, peer.instance)
+        leash = self._led(leash, breaker)
         with self._counted(peer, size):
             if not breaker.allow():
                 raise PeerUnavailable(f"{peer.name} is not asked now, it failed a moment ago")
@@ -211,15 +232,13 @@ class PeerClient:
             reported = False
             try:
                 deadline = time.monotonic() + self._limits.call_s
-                connection, answer = self._ask(peer, breaker, method, target, body, deadline, head_s)
+                connection, answer = self._ask(peer, breaker, method, target, body, deadline, head_s, leash)
                 self._check(answer)
-                patience_s = max(self._limits.patience_s, self._limits.patience_times * breaker.wait_s)
-                yield _Call(peer, connection, answer, breaker, patience_s)
+                yield _Call(peer, connection, answer, breaker, self._limits, leash)
                 keep = answer.keeps_open
             except (Broken, wire.BadMessage) as error:
                 reported, keep = True, False
-                breaker.failed(connecting=isinstance(error, NoConnection))
-                self._connections.forget(place_of(peer))
+                self._note_failure(peer, breaker, error, leash)
                 raise PeerUnavailable(f"{peer.name} ({peer.address}): {error}") from error
             except PeerSlow:
                 reported, keep = True, False
@@ -239,27 +258,53 @@ class PeerClient:
                 if not reported:
                     breaker.succeeded()
                 if connection is not None:
+                    leash.holds(None)
+                    keep = keep and not leash.pulled
                     (self._connections.give_back if keep else self._connections.drop)(connection)
 
+    def _led(self, leash: Leash | None, breaker: Breaker) -> Leash:
+        """Return the leash of a call that begins now. One that was given is told when the call is late."""
+        if leash is None:
+            return Leash()
+        usual_s = UNKNOWN_S if breaker.latency_s is None else breaker.latency_s
+        leash.due = time.monotonic() + max(self._limits.quiet_s, self._limits.quiet_times * usual_s)
+        return leash
+
+    def _note_failure(self, peer: Member, breaker: Breaker, error: Exception, leash: Leash) -> None:
+        if leash.pulled:
+            leash.tell(breaker)
+            return
+        breaker.failed(connecting=isinstance(error, NoConnection))
+        self._connections.forget(place_of(peer))
+
     def _ask(
-        self, peer: Member, breaker: Breaker, method: str, target: str, body: bytes, deadline: float, head_s: float
+        self,
+        peer: Member,
+        breaker: Breaker,
+        method: str,
+        target: str,
+        body: bytes,
+        deadline: float,
+        head_s: float,
+        leash: Leash,
     ) -> tuple[Connection, Answer]:
-        connection = self._connections.take(peer)
+        connection = self._connections.take(peer, leash)
         for again in (False, True):
             began = time.monotonic()
             try:
-                answer = connection.ask(method, target, body, deadline, head_s)
+                answer = connection.ask(method, target, body, deadline, head_s, leash)
             except BaseException as error:
+                leash.holds(None)
                 self._connections.drop(connection)
                 if not isinstance(error, (Closed, NoConnection)):
                     raise
-                if again or not connection.used:
+                if again or not connection.used or leash.pulled:
                     doubt = "; does it accept our certificate?" if peer.tls and not connection.used else ""
                     raise NoConnection(f"{error}{doubt}") from error
             else:
                 breaker.took(time.monotonic() - began)
                 return connection, answer
-            connection = self._connections.take(peer, fresh=True)
+            connection = self._connections.take(peer, leash, fresh=True)
         raise AssertionError("two tries end in an answer or an error")
 
     @staticmethod

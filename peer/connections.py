@@ -9,17 +9,22 @@ What always holds: a connection is used by one thread at a time, and whoever has
 
 from __future__ import annotations
 
+import math
+import os
+import select
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 from cachefs.config import split_address
 from peer import wire
 from peer.credentials import PeerCredentials
 from peer.digest import DigestClient
 from peer.incoming import Answer, Broken, Closed, Incoming, TooSlow, read_head
+from peer.leash import Leash, shut
 from peer.limits import ClientLimits
 from peer.members import Member
 
@@ -42,8 +47,8 @@ def place_of(peer: Member) -> Place:
 class Connection:
     """One connection. Its methods raise Broken, and after that it is of no use."""
 
-    def __init__(self, peer: Member, credentials: PeerCredentials, limits: ClientLimits) -> None:
-        """Connect, and prove who we are. BLOCKS. Raises NoConnection."""
+    def __init__(self, peer: Member, credentials: PeerCredentials, limits: ClientLimits, leash: Leash) -> None:
+        """Connect, and prove who we are. BLOCKS. Raises NoConnection. The leash holds it afterwards."""
         self.place = place_of(peer)
         self.made_at = self.used_at = time.monotonic()
         self.used = False
@@ -52,22 +57,31 @@ class Connection:
         """Whether something is on its way that nobody wants."""
         self._limits = limits
         self._digest: DigestClient | None = None
-        self._socket = _connected(peer, credentials, limits)
-        self._incoming = Incoming(self._socket)
         try:
-            self._prove(credentials)
-        except Broken as error:
-            self.close()
-            raise NoConnection(str(error)) from error
+            self._socket = _connected(peer, credentials, limits, leash)
+            self._incoming = Incoming(self._socket)
         except BaseException:
+            leash.holds(None)
+            raise
+        try:
+            self._prove(credentials, leash)
+        except BaseException as error:
+            leash.holds(None)
             self.close()
+            if isinstance(error, Broken):
+                raise NoConnection(str(error)) from error
             raise
 
-    def _prove(self, credentials: PeerCredentials) -> None:
+    def held_by(self, leash: Leash) -> None:
+        """A call begins."""
+        leash.holds(self._socket)
+
+    def _prove(self, credentials: PeerCredentials, leash: Leash) -> None:
         secret = credentials.secret()
         if secret is None:
             return
-        answer = self.ask("HEAD", wire.STATUS_PATH, b"", time.monotonic() + self._limits.head_s, self._limits.head_s)
+        head_s = self._limits.head_s
+        answer = self.ask("HEAD", wire.STATUS_PATH, b"", time.monotonic() + head_s, head_s, leash)
         if answer.status != 401:
             raise Broken("it does not ask for the shared secret, so it does not have it")
         try:
@@ -75,8 +89,11 @@ class Connection:
         except ValueError as error:
             raise Broken(f"it asks for something else than our shared secret: {error}") from error
 
-    def ask(self, method: str, target: str, body: bytes, deadline: float, head_s: float) -> Answer:
-        """Send a request and return the answer, whose head is there, and proven where there is a secret. BLOCKS."""
+    def ask(self, method: str, target: str, body: bytes, deadline: float, head_s: float, leash: Leash) -> Answer:
+        """Send a request and return the answer, whose head is there, and proven where there is a secret. BLOCKS.
+
+        `leash`: that of the call.
+        """
         lines = [
             f"{method} {target} HTTP/1.1",
             "Host: peer",
@@ -87,15 +104,17 @@ class Connection:
         if body:
             lines += [f"Content-Length: {len(body)}", f"Content-Type: {wire.MESSAGE_TYPE}"]
         head = "\r\n".join([*lines, "", ""]).encode("latin-1")
-        self._incoming.limit(deadline, head_s)
-        self._send(head + body, min(deadline, time.monotonic() + head_s))
+        now = time.monotonic()
+        self._incoming.limit(deadline, head_s, leash, max(0.001, leash.due - now))
+        self._send(head + body, min(deadline, now + head_s))
         answer = read_head(self._incoming, bodiless=method == "HEAD")
         if self._digest is not None:
             if answer.status == 401:
                 raise NoConnection("it refuses our proof: the shared secrets differ")
             if not self._digest.proves_itself(answer.headers.get("authentication-info")):
                 raise NoConnection("it did not prove that it knows the shared secret")
-        self._incoming.limit(deadline, self._limits.silence_s)
+        quiet_s = math.inf if leash.due == math.inf else self._limits.quiet_body_s
+        self._incoming.limit(deadline, self._limits.silence_s, leash, quiet_s)
         return answer
 
     def _send(self, raw: bytes, deadline: float) -> None:
@@ -116,35 +135,91 @@ class Connection:
 
     def interrupt(self) -> None:
         """Let whoever waits for this connection find it closed. Any thread."""
-        try:
-            self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
+        shut(self._socket)
 
     def close(self) -> None:
         """Close it at once."""
         self._socket.close()
 
 
-def _connected(peer: Member, credentials: PeerCredentials, limits: ClientLimits) -> socket.socket:
+def _connected(peer: Member, credentials: PeerCredentials, limits: ClientLimits, leash: Leash) -> socket.socket:
+    """Raises NoConnection. The leash holds what is returned."""
     if peer.tls != credentials.tls:
         raise NoConnection("it speaks TLS, we do not" if peer.tls else "it does not speak TLS, as we do")
     try:
         contexts = credentials.tls_contexts()
-        connection = socket.create_connection(split_address(peer.address), timeout=limits.connect_s)
+        connection = _reached(peer, limits, leash)
     except (OSError, ValueError) as error:
         raise NoConnection(f"it cannot be reached: {getattr(error, 'strerror', None) or error}") from error
     try:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if contexts is None:
             return connection
-        connection.settimeout(limits.head_s)
-        return contexts.client.wrap_socket(connection)
+        connection = contexts.client.wrap_socket(connection, do_handshake_on_connect=False)
+        leash.holds(connection)
+        _shake_hands(connection, limits, leash)
+        return connection
     except BaseException as error:
+        leash.holds(None)
         connection.close()
         if isinstance(error, OSError):
             raise NoConnection(f"no TLS connection: {_reason(error)}") from error
         raise
+
+
+def _reached(peer: Member, limits: ClientLimits, leash: Leash) -> socket.socket:
+    """Return a connection to the first address of a peer that can be reached. Raises OSError, ValueError."""
+    host, port = split_address(peer.address)
+    failed: OSError | None = None
+    for family, kind, protocol, _, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        connection = socket.socket(family, kind, protocol)
+        leash.holds(connection)
+        try:
+            _connect(connection, place, limits, leash)
+            leash.holds(connection)  # again: one that was pulled before there was a connection could not shut it
+            return connection
+        except BaseException as error:
+            leash.holds(None)
+            connection.close()
+            if not isinstance(error, OSError):
+                raise
+            failed = error
+    raise failed or OSError("it has no address")
+
+
+def _connect(connection: socket.socket, place: Any, limits: ClientLimits, leash: Leash) -> None:
+    """Connect, and let the leash know when that takes long. Raises OSError."""
+    first_s = max(0.001, min(limits.connect_s, leash.due - time.monotonic()))
+    connection.settimeout(first_s)
+    try:
+        connection.connect(place)
+        return
+    except TimeoutError:
+        if first_s >= limits.connect_s:
+            raise
+    leash.quiet()
+    waiting = select.poll()
+    waiting.register(connection, select.POLLOUT)
+    if not waiting.poll((limits.connect_s - first_s) * 1000):
+        raise TimeoutError("timed out")
+    error = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if error:
+        raise OSError(error, os.strerror(error))
+
+
+def _shake_hands(connection: ssl.SSLSocket, limits: ClientLimits, leash: Leash) -> None:
+    """Do the handshake of TLS, and let the leash know when that takes long. Raises OSError."""
+    first_s = max(0.001, min(limits.head_s, leash.due - time.monotonic()))
+    connection.settimeout(first_s)
+    try:
+        connection.do_handshake()
+        return
+    except TimeoutError:
+        if first_s >= limits.head_s:
+            raise
+    leash.quiet()
+    connection.settimeout(limits.head_s - first_s)
+    connection.do_handshake()
 
 
 def _reason(error: OSError) -> str:
@@ -168,14 +243,21 @@ class Connections:
         self._look_at = 0.0
         self._open = True
 
-    def take(self, peer: Member, *, fresh: bool = False) -> Connection:
-        """Return a connection that was kept, or a new one (`fresh`: certainly). BLOCKS. Raises NoConnection."""
-        kept = None if fresh else self._kept(place_of(peer))
-        connection = kept or Connection(peer, self._credentials, self._limits)
+    def take(self, peer: Member, leash: Leash, *, fresh: bool = False) -> Connection:
+        """Return a connection that was kept, or a new one (`fresh`: certainly). BLOCKS. Raises NoConnection.
+
+        `leash`: that of the call that it is for, which holds it from now on.
+        """
+        connection = None if fresh else self._kept(place_of(peer))
+        if connection is None:
+            connection = Connection(peer, self._credentials, self._limits, leash)
+        else:
+            connection.held_by(leash)
         with self._lock:
             self._lent.add(connection)
             is_open = self._open
         if not is_open:
+            leash.holds(None)
             self.drop(connection)
             raise NoConnection("this node is going away")
         return connection

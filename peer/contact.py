@@ -23,6 +23,10 @@ log = logging.getLogger(__name__)
 
 CALM_S = 10.0
 """An outage is over when the connection has lasted so long."""
+ELECTION_S = 3.0
+"""With several endpoints only what lasts longer is an outage: an etcd of three members whose leader dies refuses all
+questions until it has chosen another, which takes one to two seconds.
+"""
 
 
 class Contact:
@@ -32,6 +36,7 @@ class Contact:
         """`endpoints`: how many there are. A fault counts as an outage when all of them have failed."""
         self._cluster = cluster
         self._endpoints = endpoints
+        self._grace_s = ELECTION_S if endpoints > 1 else 0.0
         self.connected = False
         self._ever = False
         self._since = time.monotonic()
@@ -87,7 +92,8 @@ class Contact:
             self.connected = False
             self._since = time.monotonic()
         refused = isinstance(fault, EtcdRefused)
-        lasting = failures >= self._endpoints and not isinstance(fault, TokenExpired)
+        for_long = failures >= self._endpoints and time.monotonic() - self._since >= self._grace_s
+        lasting = for_long and not isinstance(fault, TokenExpired)
         kind = EtcdRefused if refused else EtcdUnavailable
         if kind is self._said or not (lasting or refused):
             log.debug("session with etcd ended: %s", fault)

@@ -5,6 +5,9 @@
     provider (a task, when needed)    goes ahead of the sender: blocks of the disk tier are read in threads, what is
                                       in no tier is fetched run by run, as if a reader of this node had asked
 
+Most often all that is missing is one range of one object, of which no tier has anything and for which there is room:
+then the sender has it fetched by itself. (Tasks and threads for that cost half a millisecond per small file.)
+
 What moves: `_found`, by number of the block. A block that is being fetched is looked for in memory every `LOOK_S`, so
 the first of a range goes out while the last are still coming in.
 
@@ -25,8 +28,10 @@ from dataclasses import dataclass
 import trio
 
 from cachefs import errors
+from cachefs.types import ObjectId
 from peer import wire
 from peer.frames import Frames
+from peer.placement import LEVELS
 from peer.ports import Holdings
 from peer.room import ByteRoom
 from peer.wire import BatchRequest, FrameStatus, WantedBlock
@@ -39,14 +44,37 @@ LOAD_BYTES = 1 << 20
 FETCH_BYTES = 8 << 20
 
 
+class Line:
+    """What the questions may hold for which this node has one place in the order (`Candidates.level`)."""
+
+    def __init__(self, questions: int, fetched_bytes: int) -> None:
+        self.questions = trio.CapacityLimiter(questions)
+        self.fetched = ByteRoom(fetched_bytes)
+
+
 class Rooms:
-    """What all questions to one server may hold together."""
+    """What all questions to one server may hold together.
+
+    What this node fetches as an owner waits for the store; what it fetches as the first of its zone waits for an owner.
+    So each has room of its own: two nodes full of questions that wait for each other would wait for ever.
+    """
 
     def __init__(self, questions: int, copied_bytes: int, fetched_bytes: int, loading: int) -> None:
-        self.questions = trio.CapacityLimiter(questions)
         self.copied = ByteRoom(copied_bytes)
-        self.fetched = ByteRoom(fetched_bytes)
         self.loading = trio.CapacityLimiter(loading)
+        most = fetched_bytes // 2
+        rest = (fetched_bytes - most) // (LEVELS - 1)
+        self.lines = tuple(Line(questions, rest if level else most) for level in range(LEVELS))
+
+    @property
+    def questions(self) -> int:
+        """How many questions are admitted."""
+        return sum(line.questions.borrowed_tokens for line in self.lines)
+
+    @property
+    def held_bytes(self) -> int:
+        """What they hold."""
+        return self.copied.used + sum(line.fetched.used for line in self.lines)
 
 
 class _Place(enum.Enum):
@@ -105,6 +133,19 @@ class Delivery:
         """Send all frames. Raises ConnectionLost."""
         if await self._send_what_is_there():
             return
+        line = self._line(self._blocks[self._at])
+        blocks = self._admitted_at_once(line)
+        if blocks:
+            try:
+                if self._request.only_cached:
+                    self._give_up(blocks[0])
+                else:
+                    self._fetch(blocks, line.fetched)
+                await self._send_rest()
+            finally:
+                self._close()
+                line.questions.release_on_behalf_of(self)
+            return
         trouble: Exception | None = None
         try:
             async with trio.open_nursery() as nursery:
@@ -114,19 +155,51 @@ class Delivery:
                     trouble = error
                 nursery.cancel_scope.cancel()
         finally:  # not earlier: a provider that is cancelled may just have got something
-            self._over = True
-            for number in list(self._found):
-                self._drop(number)
+            self._close()
         if trouble is not None:
             raise trouble
 
     async def _work(self, nursery: trio.Nursery) -> None:
         await self._wait_for_admission(nursery)
         nursery.start_soon(self._provide, self._at)
+        await self._send_rest()
+
+    async def _send_rest(self) -> None:
         for block in self._blocks[self._at :]:
             self._at = block.number
             self._moved.set()
             await self._send(block)
+
+    def _close(self) -> None:
+        """Nothing is sent any more."""
+        self._over = True
+        for number in list(self._found):
+            self._drop(number)
+
+    def _line(self, *blocks: WantedBlock) -> Line:
+        """Return the line of who waits for these blocks: he may wait for all nodes that any of them waits for."""
+        request, level_of = self._request, self._holdings.level
+        levels = [level_of(request.volume, ObjectId(request.runs[each.run].oid), each.index) for each in blocks]
+        return self._rooms.lines[max(levels)]
+
+    def _admitted_at_once(self, line: Line) -> Sequence[WantedBlock]:
+        """Return what is left, with a place and room taken for it; nothing if that is more than one range, if some of
+        it is on our disk, or if we would have to wait.
+        """
+        left = self._blocks[self._at :]
+        size = sum(block.length for block in left)
+        if left[0].run != left[-1].run or (size > FETCH_BYTES and len(left) > 1):
+            return ()
+        if any(self._holdings.stored(block.key) for block in left):
+            return ()
+        try:
+            line.questions.acquire_on_behalf_of_nowait(self)
+        except trio.WouldBlock:
+            return ()
+        if self._request.only_cached or line.fetched.take_now(size):
+            return left
+        line.questions.release_on_behalf_of(self)
+        return ()
 
     async def _send_what_is_there(self) -> bool:
         """Send blocks from memory up to the first that is not there; True: that was all, as it is most often."""
@@ -149,9 +222,11 @@ class Delivery:
     async def _wait_for_admission(self, nursery: trio.Nursery) -> None:
         """Questions that cost more than a look into the memory stand in a line."""
         admitted = trio.Event()
+        first_of_runs = {block.run: block for block in reversed(self._blocks[self._at :])}
+        line = self._line(*first_of_runs.values())
 
         async def hold_a_place() -> None:
-            async with self._rooms.questions:
+            async with line.questions:
                 admitted.set()
                 await trio.sleep_forever()
 
@@ -274,11 +349,7 @@ class Delivery:
     async def _fetch_from(self, block: WantedBlock) -> None:
         """Have this block brought, and what follows it in its run."""
         if self._request.only_cached:
-            for following in self._blocks[block.number :]:  # whoever asks gives up at the first that is not there
-                if following.run == block.run:
-                    self._drop(following.number)
-                    self._found[following.number] = _Nothing(FrameStatus.ABSENT)
-            self._tell()
+            self._give_up(block)
             return
         blocks: list[WantedBlock] = []
         total = 0
@@ -287,13 +358,26 @@ class Delivery:
             if following.run != block.run or following.number in self._found or (blocks and total > FETCH_BYTES):
                 break
             blocks.append(following)
-        await self._rooms.fetched.take(sum(each.length for each in blocks))
+        room = self._line(block).fetched
+        await room.take(sum(each.length for each in blocks))
+        self._fetch(blocks, room)
+
+    def _give_up(self, block: WantedBlock) -> None:
+        """Nothing is fetched for this question: whoever asks gives up at the first block that is not there."""
+        for following in self._blocks[block.number :]:
+            if following.run == block.run:
+                self._drop(following.number)
+                self._found[following.number] = _Nothing(FrameStatus.ABSENT)
+        self._tell()
+
+    def _fetch(self, blocks: Sequence[WantedBlock], room: ByteRoom) -> None:
+        """Have neighbouring blocks brought; there is room for them, and each gives its part back."""
         for each in blocks:
             self._found[each.number] = _Place.COMING
-        fetch = _Fetch(self, blocks, self._rooms.fetched, trio.lowlevel.current_trio_token())
-        version = self._request.runs[block.run].version
+        fetch = _Fetch(self, blocks, room, trio.lowlevel.current_trio_token())
+        version = self._request.runs[blocks[0].run].version
         try:
-            self._holdings.fetch(self._request.volume, version, block.index, len(blocks), fetch.called)
+            self._holdings.fetch(self._request.volume, version, blocks[0].index, len(blocks), fetch.called)
         except Exception as error:
             fetch.called(error)
             raise

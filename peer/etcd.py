@@ -29,7 +29,8 @@ from typing import Any, NoReturn, TypeVar
 import trio
 
 from cachefs import errors
-from peer.etcd_settings import EtcdSettings, split_endpoint
+from cachefs.config import split_endpoint
+from peer.etcd_settings import EtcdSettings
 from peer.records import Position, Record
 
 # The C core of gRPC writes a line to stderr for every handshake that fails. Our own errors say it once.
@@ -106,7 +107,7 @@ def open_client(settings: EtcdSettings, endpoint: str, timeout_s: float) -> Any:
     secure, host, port = split_endpoint(endpoint)
     try:
         return _Client(
-            host=host,
+            host=f"[{host}]" if ":" in host else host,
             port=port,
             ca_cert=str(settings.ca or "") if secure else None,
             cert_key=str(settings.key) if secure and settings.key else None,

@@ -6,8 +6,6 @@ room for it is taken before it is read. Payloads go around h11 (`send_with_data_
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from http import HTTPStatus
 
 import h11
@@ -59,8 +57,7 @@ class Exchange:
         begun = bool(self._http.trailing_data[0])
         with trio.move_on_after(head_s if begun else idle_s) as patience:
             while True:
-                with _rules():
-                    event = self._http.next_event()
+                event = self._next_event()
                 if isinstance(event, h11.Request):
                     self._head_only = event.method == b"HEAD"
                     return event
@@ -77,25 +74,40 @@ class Exchange:
         if self._http.they_are_waiting_for_100_continue:
             await self._send(h11.InformationalResponse(status_code=100, headers=[]))
         pieces = bytearray()
+        if self._take_body(pieces):  # it came with its head, as it does most often
+            return bytes(pieces)
         with trio.move_on_after(within_s):
             async with room.taken(length):
-                while True:
-                    with _rules():
-                        event = self._http.next_event()
-                    if isinstance(event, h11.Data):
-                        pieces += event.data
-                    elif isinstance(event, h11.EndOfMessage):
-                        return bytes(pieces)
-                    elif isinstance(event, h11.ConnectionClosed):
-                        raise ConnectionLost
-                    else:
-                        await self._receive()
+                while not self._take_body(pieces):
+                    await self._receive()
+                return bytes(pieces)
         raise BadRequest(HTTPStatus.REQUEST_TIMEOUT, "the body did not come in time")
+
+    def _take_body(self, pieces: bytearray) -> bool:
+        """Add to `pieces` what is there of a body; returns whether that was the end of it."""
+        while True:
+            event = self._next_event()
+            if isinstance(event, h11.Data):
+                pieces += event.data
+            elif isinstance(event, h11.EndOfMessage):
+                return True
+            elif isinstance(event, h11.ConnectionClosed):
+                raise ConnectionLost
+            else:
+                return False
+
+    def _next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        try:
+            return self._http.next_event()
+        except h11.RemoteProtocolError as error:
+            raise _refusal(error) from error
 
     async def _receive(self) -> None:
         raw = await self.stream.receive(RECEIVE_BYTES)
-        with _rules():
+        try:
             self._http.receive_data(raw)
+        except h11.RemoteProtocolError as error:
+            raise _refusal(error) from error
 
     # -- out -----------------------------------------------------------------------------------------------------------
 
@@ -155,9 +167,5 @@ def body_length(head: h11.Request) -> int:
     return length
 
 
-@contextmanager
-def _rules() -> Iterator[None]:
-    try:
-        yield
-    except h11.RemoteProtocolError as error:
-        raise BadRequest(HTTPStatus(error.error_status_hint), str(error)) from error
+def _refusal(error: h11.RemoteProtocolError) -> BadRequest:
+    return BadRequest(HTTPStatus(error.error_status_hint), str(error))

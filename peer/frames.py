@@ -17,6 +17,8 @@ from peer.wire import Buffer, FrameStatus
 Around = Callable[[memoryview], tuple[bytes, bytes]]
 """What stands before and after a payload on the wire, once it is known."""
 
+HEAD_S = 0.05
+"""How long the head of an answer waits for its first frame."""
 TURN_BYTES = 1 << 20
 """After so much that the kernel took at once, others have their turn."""
 
@@ -90,6 +92,7 @@ class Frames:
             head, self._head = self._head, b""
             await self._stream.send(head)
         await self._stream.drain()
+        self._said_at = trio.current_time()
 
     async def lent(self, number: int, key: BlockKey, length: int, *, last: bool) -> bool:
         """Send a block that is in memory; False: it is not. `last`: nothing follows. Raises ConnectionLost."""
@@ -124,15 +127,17 @@ class Frames:
             await trio.lowlevel.checkpoint()
 
     async def pause(self, changed: trio.Event, number: int, at_most_s: float = math.inf) -> None:
-        """Wait for `changed`, not longer than `at_most_s`, and not in silence: say WAIT when it is time.
-
-        Raises ConnectionLost.
+        """Wait for `changed`, not longer than `at_most_s`, and not in silence: send the head and say WAIT when it is
+        time. Raises ConnectionLost.
         """
-        await self.start()
-        due = self._said_at + wire.WAIT_S
+        due = self._said_at + (HEAD_S if self._head else wire.WAIT_S)
         with trio.move_on_at(min(due, trio.current_time() + at_most_s)):
             await changed.wait()
             return
-        if trio.current_time() >= due:
+        if trio.current_time() < due:
+            return
+        if self._head:
+            await self.start()
+        else:
             await self.payload(FrameStatus.WAIT, number, last=False)
             await self._stream.drain()

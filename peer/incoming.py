@@ -7,11 +7,14 @@ is `Broken`.
 
 from __future__ import annotations
 
+import math
 import re
 import socket
 import ssl
 import time
 from collections.abc import Mapping
+
+from peer.leash import Leash
 
 BUFFER_BYTES = 16 << 10
 DIRECT_BYTES = 4096
@@ -43,23 +46,27 @@ class Incoming:
         self._start = self._end = 0
         self._deadline = 0.0
         self._silence_s = 0.0
+        self._leash = Leash()
+        self._quiet_s = math.inf
 
     @property
     def empty(self) -> bool:
         """Whether nothing lies in the buffer."""
         return self._start == self._end
 
-    def limit(self, deadline: float, silence_s: float) -> None:
-        """Set when all has to be there (of time.monotonic) and how long nothing may come."""
+    def limit(self, deadline: float, silence_s: float, leash: Leash, quiet_s: float) -> None:
+        """Set when all has to be there (of time.monotonic), how long nothing may come, and after how long without
+        anything the leash is told, once.
+        """
         self._deadline, self._silence_s = deadline, silence_s
+        self._leash, self._quiet_s = leash, quiet_s
 
     def _receive(self, place: memoryview) -> int:
         rest_s = min(self._silence_s, self._deadline - time.monotonic())
         if rest_s <= 0:
             raise TooSlow("it took too long")
         try:
-            self._socket.settimeout(rest_s)
-            received = self._socket.recv_into(place)
+            received = self._wait(place, rest_s)
         except TimeoutError as error:
             raise TooSlow("no answer" if rest_s < self._silence_s else f"silent for {rest_s:.1f} s") from error
         except ssl.SSLError as error:
@@ -69,6 +76,20 @@ class Incoming:
         if not received:
             raise Closed("it closed the connection")
         return received
+
+    def _wait(self, place: memoryview, rest_s: float) -> int:
+        """Raises TimeoutError."""
+        first_s = min(rest_s, self._quiet_s)
+        self._socket.settimeout(first_s)
+        try:
+            return self._socket.recv_into(place)
+        except TimeoutError:
+            if first_s == rest_s:
+                raise
+        self._quiet_s = math.inf
+        self._leash.quiet()
+        self._socket.settimeout(rest_s - first_s)
+        return self._socket.recv_into(place)
 
     def _fill(self) -> None:
         if self._start:

@@ -50,6 +50,12 @@ class ClientLimits:
     """Until the first byte of an answer's head."""
     silence_s: float = 1.0
     """Until the next byte of its body."""
+    quiet_s: float = 0.25
+    """Without anything since the call began, until another source is asked as well (`peer.hedge`) ..."""
+    quiet_times: float = 4.0
+    """... or so many times as long as it usually takes until the head comes, if that is more."""
+    quiet_body_s: float = 0.4
+    """The same within an answer: longer than a living node is silent (`wire.WAIT_S`)."""
     call_s: float = 15.0
     """For all of a call."""
     patience_s: float = 5.0

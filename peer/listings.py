@@ -15,15 +15,14 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 
 import msgspec
 import xxhash
 
 from cachefs import metrics
 from cachefs.errors import CachefsError
-from cachefs.store.port import ListPage, ObjectInfo, ObjectStore
-from cachefs.types import ObjectVersion
+from cachefs.store.port import ListPage, ObjectStore
 from peer.source import Neighbours
 from peer.wire import ListingRequest, PeerUnavailable, decode_page, encode_page
 
@@ -134,29 +133,32 @@ def _list(store: ObjectStore, request: ListingRequest) -> ListPage:
 
 
 class PeerListings:
-    """An `ObjectStore` whose listings of directories come from their owner. Any thread; BLOCKS."""
+    """Listings of directories that come from their owner (a `metadata.listing.PageSource`). Any thread; BLOCKS."""
 
     def __init__(
-        self, volume: str, store: ObjectStore, neighbours: Neighbours, pages: ListingPages, max_age_s: float
+        self,
+        volume: str,
+        store: ObjectStore,
+        neighbours: Neighbours,
+        pages: ListingPages,
+        max_age_s: Callable[[], float],
     ) -> None:
-        """`volume`: its name among peers."""
+        """`volume`: its name among peers; `max_age_s` returns how old a page may be that is asked for now."""
         self._volume = volume
         self._store = store
         self._neighbours = neighbours
         self._pages = pages
         self._max_age_s = max_age_s
 
-    def list_page(self, prefix: str, *, delimiter: str = "/", token: str | None = None, limit: int = 1000) -> ListPage:
-        """See `ObjectStore.list_page`."""
-        if not delimiter:
-            return self._store.list_page(prefix, delimiter=delimiter, token=token, limit=limit)
+    def list_page(self, prefix: str, *, token: str | None = None, limit: int = 1000) -> ListPage:
+        """Return one page of a directory. Raises what `ObjectStore.list_page` raises."""
         request = ListingRequest(
             volume=self._volume,
             prefix=prefix,
-            delimiter=delimiter,
+            delimiter="/",
             token=token,
             limit=limit,
-            max_age_s=self._max_age_s,
+            max_age_s=self._max_age_s(),
         )
         unit = xxhash.xxh3_128_digest(f"{self._volume}\0{prefix}".encode("utf-8", "surrogateescape"))
         counters = self._neighbours.counters
@@ -170,35 +172,3 @@ class PeerListings:
                 counters.add(metrics.PEER_LISTING_PAGES.name)
                 return page
         return self._pages.page(self._store, request)[0]
-
-    # -- everything else is the store's --------------------------------------------------------------------------------
-
-    @property
-    def endpoint(self) -> str:
-        """See `ObjectStore.endpoint`."""
-        return self._store.endpoint
-
-    @property
-    def bucket(self) -> str:
-        """See `ObjectStore.bucket`."""
-        return self._store.bucket
-
-    def check(self, prefix: str) -> None:
-        """See `ObjectStore.check`."""
-        self._store.check(prefix)
-
-    def get_range(self, version: ObjectVersion, start: int, length: int) -> bytes | memoryview:
-        """See `ObjectStore.get_range`."""
-        return self._store.get_range(version, start, length)
-
-    def read_into(self, version: ObjectVersion, start: int, buffers: Sequence[memoryview]) -> Iterator[int]:
-        """See `ObjectStore.read_into`."""
-        return self._store.read_into(version, start, buffers)
-
-    def head(self, key: str) -> ObjectInfo:
-        """See `ObjectStore.head`."""
-        return self._store.head(key)
-
-    def close(self) -> None:
-        """See `ObjectStore.close`."""
-        self._store.close()

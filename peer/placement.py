@@ -73,7 +73,9 @@ class Candidates:
     is_owner: bool
     """Whether the asking node is the first of all: it fetches from the store, for everybody."""
     level: int
-    """0: the owner; 1: the second; 2: the first of a zone; 3: nobody asks this node. A node only asks lower levels."""
+    """0: it asks only the store: the owner, or a node whose volume nobody holds; 1: the second; 2: the first of a zone;
+    3: nobody asks this node. A node only asks lower levels.
+    """
     after: Member | None
     """For the owner: the next in the order, who was the owner before this node came and may have what it owned."""
 
@@ -103,9 +105,11 @@ class Ring:
     def candidates(self, unit: bytes, me: str, zone: str = "") -> Candidates:
         """Return whom node `me` asks for a unit. It need not be a member; `zone` counts only if it is none."""
         first = self.ranking(unit, MOST_ASKED)
-        if first and first[0].node_id == me:
+        if not first:  # this node has no tiers, or its volume is not registered yet
+            return Candidates((), is_owner=False, level=0, after=None)
+        if first[0].node_id == me:
             return Candidates((), is_owner=True, level=0, after=first[1] if len(first) > 1 else None)
-        before = [first[0]] if first and len(first) > 1 and first[1].node_id == me else list(first)
+        before = [first[0]] if len(first) > 1 and first[1].node_id == me else list(first)
         myself = self._by_id.get(me)
         level = 1 if len(before) < len(first) else 3
         near = self._zones.get(zone if myself is None else myself.zone)

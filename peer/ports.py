@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from cachefs.store.port import ListPage
-from cachefs.types import BlockKey, ObjectVersion
+from cachefs.types import BlockKey, ObjectId, ObjectVersion
+from peer.leash import Leash
 from peer.members import Member
 from peer.wire import BlockRequest, ListingRequest
 
@@ -29,6 +30,16 @@ class Holdings(Protocol):
         They are valid inside the context only, and while it is open the tier cannot use freed pages again: send what
         the socket takes at once, copy the rest, and leave. Never raises, never blocks for long.
         """
+        ...
+
+    def level(self, volume: str, oid: ObjectId, index: int) -> int:
+        """Return the place of this node in the order of a block (`peer.placement.Candidates.level`): what is fetched
+        here for it waits for nodes of lower levels only. Never blocks.
+        """
+        ...
+
+    def stored(self, key: BlockKey) -> bool:
+        """Whether the disk tier seems to have a block, so that `load` is worth a thread. Never blocks."""
         ...
 
     def load(self, key: BlockKey, length: int) -> bytes | None:
@@ -61,8 +72,12 @@ class Holdings(Protocol):
 class Asks(Protocol):
     """Asks another node (`peer.client.PeerClient`). BLOCKS; any thread."""
 
-    def read_blocks(self, peer: Member, request: BlockRequest, buffers: Sequence[memoryview]) -> Iterator[int]:
+    def read_blocks(
+        self, peer: Member, request: BlockRequest, buffers: Sequence[memoryview], leash: Leash | None = None
+    ) -> Iterator[int]:
         """Fill the buffers, one for each block of the request, and yield how many are full and verified.
+
+        `leash` hears when the call gets nowhere, and can end it.
 
         Raises: NotHeld when a block is not there and was only asked for if it is; PeerUnavailable for anything else.
         """

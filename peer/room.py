@@ -22,8 +22,7 @@ class ByteRoom:
 
     async def take(self, length: int) -> None:
         """Wait for room and take it. Cancelled: nothing is taken."""
-        if not self._waiting and self._fits(length):
-            self.used += length
+        if self.take_now(length):
             return
         turn = (length, trio.Event())
         self._waiting.append(turn)
@@ -36,6 +35,13 @@ class ByteRoom:
                 self._waiting.remove(turn)
                 self._grant()
             raise
+
+    def take_now(self, length: int) -> bool:
+        """Take room if nobody has to wait for it; returns whether."""
+        granted = not self._waiting and self._fits(length)
+        if granted:
+            self.used += length
+        return granted
 
     def take_over(self, length: int) -> None:
         """Take room that may not be there: for one who must go on, so that others get theirs."""

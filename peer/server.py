@@ -94,8 +94,8 @@ class PeerServer:
             "address": self._address,
             "listening": self._thread is not None and self._thread.is_alive(),
             "connections": len(self._connections),
-            "requests": 0 if rooms is None else rooms.questions.borrowed_tokens,
-            "bytes_in_flight": 0 if rooms is None else rooms.copied.used + rooms.fetched.used,
+            "requests": 0 if rooms is None else rooms.questions,
+            "bytes_in_flight": 0 if rooms is None else rooms.held_bytes,
         }
 
     # -- in the server's own thread ------------------------------------------------------------------------------------

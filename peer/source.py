@@ -7,11 +7,13 @@ all of them as long as they see the same cluster. A node waits only for nodes th
 nobody ever waits for himself, and the first in the order, the owner, is the one who asks the store. It asks the next in
 the order before, "only if you have it": that one was the owner before this node came.
 
-What a peer does not give well is no error: the next source is asked, the store at last.
+What a peer does not give well is no error: the next source is asked, the store at last. One that is late is not waited
+for alone: the next source is asked beside it (`peer.hedge`).
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import threading
@@ -22,6 +24,8 @@ from cachefs import metrics
 from cachefs.metrics import Counters
 from cachefs.store.port import ObjectStore
 from cachefs.types import ObjectId, ObjectVersion, Tier, object_id
+from peer.hedge import HedgeRoom, Hedges, Race
+from peer.leash import Leash
 from peer.members import PEER_PROTOCOL, Member, View
 from peer.placement import LEVELS, Candidates, Ring, unit_of
 from peer.ports import Asks
@@ -51,14 +55,22 @@ class Neighbours:
         self.client = client
         self.block_size = block_size
         self.counters = counters
+        self.hedge_room = HedgeRoom()
         self._view = view
         self._node_id = node_id
         self._zone = zone
         self._rings: dict[str, tuple[tuple[Member, ...], Ring]] = {}
+        self._latest: tuple[Ring | None, bytes, Candidates | None] = (None, b"", None)
+        """A fill asks three times for its unit: which line, which route, whom."""
 
     def candidates(self, volume: str, unit: bytes) -> Candidates:
         """Return whom to ask for a unit of a volume."""
-        return self._ring(volume).candidates(unit, self._node_id(), self._zone)
+        ring = self._ring(volume)
+        known, of, candidates = self._latest
+        if candidates is None or known is not ring or of != unit:
+            candidates = ring.candidates(unit, self._node_id(), self._zone)
+            self._latest = ring, unit, candidates
+        return candidates
 
     def _ring(self, volume: str) -> Ring:
         holders = self._view().holders.get(volume, ())
@@ -91,12 +103,18 @@ class PeerSource:
         self.neighbours = neighbours
         self._max_requests = max_requests
         self.doubts = Doubts()
-        self._routes = tuple(_Route(self) for _ in range(LEVELS))
+        self.hedges = Hedges(neighbours.hedge_room, neighbours.counters)
+        self._routes = tuple(_Route(self, level) for level in range(LEVELS))
 
     @property
     def max_requests(self) -> int:
         """See `BlockSource.max_requests`."""
         return self._max_requests()
+
+    @property
+    def spread(self) -> bool:
+        """See `BlockSource.spread`."""
+        return True
 
     def route(self, version: ObjectVersion, start: int) -> _Route:
         """See `BlockSource.route`."""
@@ -121,8 +139,12 @@ class PeerSource:
 class _Route:
     """Reads ranges of a `PeerSource`; there are several, so that the ranges stand in several lines."""
 
-    def __init__(self, source: PeerSource) -> None:
+    def __init__(self, source: PeerSource, level: int) -> None:
         self._source = source
+        self.spread = level == 0
+        """See `BlockSource.spread`: the owner asks the store. Another node fills our line with one connection, and each
+        question costs both sides a millisecond.
+        """
 
     @property
     def max_requests(self) -> int:
@@ -137,66 +159,125 @@ class _Route:
         self, version: ObjectVersion, start: int, buffers: Sequence[memoryview]
     ) -> Iterator[tuple[int, Tier]]:
         """See `BlockSource.read_blocks`."""
-        source = self._source
-        oid = source.object_id(version)
-        first = start // source.neighbours.block_size
-        candidates = source.candidates(oid, start)
-        done = full = 0
-        for question in self._questions(candidates):
-            try:
-                for count in self._ask(question, version, oid, first + done, buffers[done:]):
-                    full = done + count
-                    yield full, Tier.PEER
-            except PeerSlow:
-                break  # the next node would ask it as well, and we wait for both
-            finally:
-                done = full
-            if done == len(buffers):
-                return
-        at = start + sum(map(len, buffers[:done]))
-        for count in source.store.read_into(version, at, buffers[done:]):
-            if candidates.is_owner:
-                name, length = metrics.PEER_OWNED_FILL_BYTES.name, len(buffers[done + count - 1])
-                source.neighbours.counters.add(name, length)
-            yield done + count, Tier.ORIGIN
+        return _Reading(self._source, version, start, buffers).blocks()
 
-    def _questions(self, candidates: Candidates) -> Iterator[_Question]:
+
+class _Reading:
+    """One range on its way: what is wanted, whom to ask, and how far it has come.
+
+    Used by the thread that reads; `_beside` is the part of a second question (`peer.hedge`), in a thread of its own.
+    """
+
+    def __init__(self, source: PeerSource, version: ObjectVersion, start: int, buffers: Sequence[memoryview]) -> None:
+        self._source = source
+        self._counters = source.neighbours.counters
+        self._version = version
+        self._start = start
+        self._buffers = buffers
+        self._oid = source.object_id(version)
+        self._first = start // source.neighbours.block_size
+        candidates = source.candidates(self._oid, start)
+        self._owned = candidates.is_owner
+        self._questions = list(self._questions_for(candidates))
+        self._done = 0
+        """So many buffers are full."""
+
+    def _questions_for(self, candidates: Candidates) -> Iterator[_Question]:
         for member in candidates.before:
             yield _Question(member, only_cached=False)
         if candidates.is_owner and candidates.after is not None and self._source.doubts.worth_a_try(candidates.after):
             yield _Question(candidates.after, only_cached=True)
 
-    def _ask(
-        self,
-        question: _Question,
-        version: ObjectVersion,
-        oid: ObjectId,
-        first: int,
-        buffers: Sequence[memoryview],
-    ) -> Iterator[int]:
-        """Yield how many buffers are full, as far as this node gives them. Raises PeerSlow, nothing else."""
-        counters = self._source.neighbours.counters
+    def blocks(self) -> Iterator[tuple[int, Tier]]:
+        """See `BlockSource.read_blocks`."""
+        while self._questions and self._done < len(self._buffers):
+            yield from self._from_peer(self._questions.pop(0))
+        if self._done < len(self._buffers):
+            before, rest = self._done, self._buffers[self._done :]
+            for count in self._source.store.read_into(self._version, self._place(before), rest):
+                yield self._came_from_store(before + count)
+
+    def _place(self, number: int) -> int:
+        """Return where the block of this buffer begins in the object."""
+        return self._start + sum(map(len, self._buffers[:number]))
+
+    def _came_from_store(self, done: int) -> tuple[int, Tier]:
+        self._done = done
+        if self._owned:
+            self._counters.add(metrics.PEER_OWNED_FILL_BYTES.name, len(self._buffers[done - 1]))
+        return done, Tier.ORIGIN
+
+    def _from_peer(self, question: _Question) -> Iterator[tuple[int, Tier]]:
+        """Take what this node gives, and what another source gives first when this one is late."""
+        before, rest = self._done, self._buffers[self._done :]
+        beside = functools.partial(self._beside, before, tuple(self._questions))
+        race = Race(self._source.hedges, question.member.node_id, rest, beside)
+        try:
+            try:
+                for count in self._ask(question, before, rest, race):
+                    self._done = before + count
+                    race.full(count)
+                    yield self._done, Tier.PEER
+            except PeerSlow:
+                self._questions.clear()  # the next node would ask it as well, and we wait for both
+            outcome = race.outcome() if self._done < len(self._buffers) else None
+            if outcome is not None:
+                self._buffers[self._done][:] = outcome.block
+                del self._questions[: outcome.passed]
+                if outcome.tier is Tier.ORIGIN:
+                    yield self._came_from_store(self._done + 1)
+                else:
+                    self._done += 1
+                    yield self._done, outcome.tier
+        finally:
+            race.close()
+
+    def _beside(
+        self, before: int, questions: Sequence[_Question], index: int, block: memoryview, leash: Leash, straight: bool
+    ) -> tuple[Tier, int]:
+        """See `peer.hedge.Beside`; `before`: so many buffers were full when the first question was asked."""
+        number = before + index
+        for passed, question in enumerate(() if straight else questions):
+            try:
+                if list(self._ask(question, number, [block], leash)):
+                    return Tier.PEER, passed
+            except PeerSlow:
+                break
+            if leash.pulled:
+                raise PeerUnavailable("nobody waits for it any more")
+        for _ in self._source.store.read_into(self._version, self._place(number), [block]):
+            pass
+        return Tier.ORIGIN, len(questions)
+
+    def _ask(self, question: _Question, number: int, buffers: Sequence[memoryview], leash: Leash) -> Iterator[int]:
+        """Yield how many of these buffers are full, as far as this node gives them. `number`: of the first of them.
+
+        Raises PeerSlow, nothing else.
+        """
+        source = self._source
         wanted = BlockRequest(
-            volume=self._source.volume,
-            version=version,
-            oid=oid,
-            first=first,
+            volume=source.volume,
+            version=self._version,
+            oid=self._oid,
+            first=self._first + number,
             count=len(buffers),
-            block_size=self._source.neighbours.block_size,
+            block_size=source.neighbours.block_size,
             only_cached=question.only_cached,
         )
-        counters.add(metrics.PEER_REQUESTS.name)
+        self._counters.add(metrics.PEER_REQUESTS.name)
         try:
-            yield from self._source.neighbours.client.read_blocks(question.member, wanted, buffers)
+            yield from source.neighbours.client.read_blocks(question.member, wanted, buffers, leash)
             if question.only_cached:
-                self._source.doubts.had_it(question.member)
+                source.doubts.had_it(question.member)
         except NotHeld:
-            counters.add(metrics.PEER_ABSENT.name)
+            self._counters.add(metrics.PEER_ABSENT.name)
             if question.only_cached:
-                self._source.doubts.had_nothing(question.member)
+                source.doubts.had_nothing(question.member)
         except PeerUnavailable as error:
-            counters.add(metrics.PEER_FAILURES.name)
-            log.debug("%s is asked in vain for %s: %s", question.member.name, version.key, error)
+            if leash.unwanted:
+                return
+            self._counters.add(metrics.PEER_FAILURES.name)
+            log.debug("%s is asked in vain for %s: %s", question.member.name, self._version.key, error)
             if isinstance(error, PeerSlow):
                 raise
 

@@ -15,8 +15,9 @@ A frame is a head of 17 bytes and a payload:
            9   u64  xxh3_64 of the payload
           17        payload
 
-All numbers are little endian. The head of the answer (200) goes out at once, and a WAIT frame every `WAIT_S` while
-there is nothing else to send: so the asker tells a dead node from a slow store.
+All numbers are little endian. The head of the answer (200) goes out with the first frame if that is there soon, else
+without it, and a WAIT frame every `WAIT_S` while there is nothing else to send: so the asker tells a dead node from a
+slow store.
 
 What always holds: nothing that comes in is believed. Numbers have bounds before anything is allocated for them, and the
 asker knows the length of every block by itself.

@@ -20,12 +20,23 @@ from tests.cluster.namespaces import why_not
 MIB = 1 << 20
 _HERE = Path(__file__).parent
 TRANSFER_S = 2.0
-FULL = Shape(large_files=28, large_bytes=16 * MIB, small_files=650, small_bytes=100_000)
-QUICK = Shape(large_files=8, large_bytes=16 * MIB, small_files=190, small_bytes=100_000)
+SHARD, SMALL = 16 * MIB, 100_000
+FULL = {
+    "shape": Shape(large_files=28, large_bytes=SHARD, small_files=650, small_bytes=SMALL),
+    "shards": Shape(large_files=32, large_bytes=SHARD),
+    "small": Shape(large_files=0, large_bytes=SHARD, small_files=1300, small_bytes=SMALL),
+}
+QUICK = {
+    "shape": Shape(large_files=8, large_bytes=SHARD, small_files=190, small_bytes=SMALL),
+    "shards": Shape(large_files=10, large_bytes=SHARD),
+    "small": Shape(large_files=0, large_bytes=SHARD, small_files=400, small_bytes=SMALL),
+}
 
 SCENARIOS: dict[str, Callable[[Stage], Figures]] = {
-    "alone": lambda stage: runs.together(stage, peers=False),
-    "together": lambda stage: runs.together(stage, peers=True),
+    "alone": lambda stage: runs.together(stage, stage.terms.shards, peers=False),
+    "together": lambda stage: runs.together(stage, stage.terms.shards, peers=True),
+    "small-alone": lambda stage: runs.together(stage, stage.terms.small, peers=False),
+    "small-together": lambda stage: runs.together(stage, stage.terms.small, peers=True),
     "death-kill": lambda stage: runs.death(stage, runs.kill_node),
     "death-link": lambda stage: runs.death(stage, runs.take_link_down),
     "join": runs.join,
@@ -49,7 +60,7 @@ def main(nodes: int, quick: bool, rounds: int, only: str, limit: int, work_dir: 
     for name in chosen:
         if name not in ("transfer", *SCENARIOS):
             raise click.UsageError(f"unknown scenario '{name}'; there are: transfer, {', '.join(SCENARIOS)}")
-    terms = Terms(nodes=nodes, shape=QUICK if quick else FULL, bytes_per_s=limit)
+    terms = Terms(nodes=nodes, bytes_per_s=limit, **(QUICK if quick else FULL))
     results = measure(terms, chosen, 1 if quick else rounds, Path(work_dir))
     click.echo(full_text(results))
     written = write_files(results, Path(results_dir))

@@ -1,9 +1,10 @@
 """The scenarios: each begins with a cold cluster of its own, and returns figures of which every byte was verified.
 
 * together: all nodes read the whole dataset at the same time, cold, behind a store that sends so many bytes a second;
-  with peers and without;
-* death: the same with one node that dies in the middle (kill -9 of all its processes, or its link goes down), and is
-  not among the readers;
+  with peers and without; shards, where the store's bytes are what is scarce, and small files, where on one machine the
+  CPU is;
+* death: the same, with both kinds of files, and one node that dies in the middle (kill -9 of all its processes, or
+  its link goes down), and is not among the readers;
 * join: all have read everything; one more node comes and reads it, too.
 
 A reader's error or a wrong byte fails the scenario: `ScenarioFailed`, and no figure.
@@ -50,54 +51,72 @@ class Terms:
 
     nodes: int
     shape: Shape
+    """Shards and small files."""
+    shards: Shape
+    """Shards only."""
+    small: Shape
+    """Small files only."""
     bytes_per_s: int
     """What the store sends."""
 
     @property
+    def shapes(self) -> dict[str, Shape]:
+        """The datasets by name."""
+        return {"both": self.shape, "shards": self.shards, "small": self.small}
+
+    @property
     def patience_s(self) -> float:
         """How long the readers of one scenario may take."""
-        return 60 + _TIME_PER_BYTE * self.nodes * self.shape.total_bytes / self.bytes_per_s
+        most = max(shape.total_bytes for shape in self.shapes.values())
+        return 60 + _TIME_PER_BYTE * self.nodes * most / self.bytes_per_s
 
 
 class Stage:
-    """The S3 server with the dataset, and clusters one after the other before it. Context manager."""
+    """The S3 server with the datasets, and clusters one after the other before it. Context manager."""
 
     def __init__(self, terms: Terms, work: Path) -> None:
         self.terms = terms
         self._work = work
         self._resources = contextlib.ExitStack()
         self.server: S3Server
-        self.bucket: Bucket
+        self.buckets: dict[Shape, Bucket] = {}
+        """By the dataset that is in it."""
 
     def __enter__(self) -> Stage:
         with contextlib.ExitStack() as resources:
             self.server = resources.enter_context(S3Server(str(self._work)))
-            self.bucket = resources.enter_context(Bucket.create(self.server))
-            upload(self.server, self.bucket.name, self.terms.shape, self._work / "manifest.json")
+            for shape in set(self.terms.shapes.values()):
+                self.buckets[shape] = bucket = resources.enter_context(Bucket.create(self.server))
+                upload(self.server, bucket.name, shape, self._manifest(bucket))
             self._resources = resources.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._resources.close()
 
+    def _manifest(self, bucket: Bucket) -> Path:
+        return self._work / f"manifest-{bucket.name}.json"
+
     @contextlib.contextmanager
-    def scene(self, *, peers: bool = True, nodes: int = 0) -> Iterator[Scene]:
-        """A cold cluster behind the limited store."""
-        room = f"{int(self.terms.shape.total_bytes * _ROOM) // MIB + 32}MiB"
+    def scene(self, shape: Shape | None = None, *, peers: bool = True, nodes: int = 0) -> Iterator[Scene]:
+        """A cold cluster behind the limited store; `shape`: of the dataset, both kinds of files by default."""
+        shape = shape or self.terms.shape
+        bucket = self.buckets[shape]
+        room = f"{int(shape.total_bytes * _ROOM) // MIB + 32}MiB"
         settings: dict[str, Any] = {"peers": peers, "faults": False, "shm_size": room, "cache_size": room}
         settings["options"] = ["--log-level=warning"]
         count = nodes or self.terms.nodes
         with Scene.create(
-            self.server, self.bucket, self._work, count, self.terms.shape, is_filled=True, **settings
+            self.server, bucket, self._work, count, shape, manifest=self._manifest(bucket), **settings
         ) as scene:
             scene.cluster.network.limit(scene.cluster.origin_place, self.terms.bytes_per_s)
-            machine.make_memory_resident(int(_MEMORY * (count + 1) * self.terms.shape.total_bytes))
+            machine.make_memory_resident(int(_MEMORY * (count + 1) * shape.total_bytes))
             yield scene
 
 
-def together(stage: Stage, *, peers: bool) -> Figures:
+def together(stage: Stage, shape: Shape, *, peers: bool) -> Figures:
     """All nodes read everything at the same time."""
-    with stage.scene(peers=peers) as scene:
+    with stage.scene(shape, peers=peers) as scene:
         before = _cpu_s(scene.cluster)
         with scene.readers() as readers:
             readers.start()

@@ -25,6 +25,7 @@ class Scene:
         self.shape = shape
         self.mounts: dict[str, Mount] = {}
         self.manifest = work / "manifest.json"
+        """What is in the bucket."""
         self._work = work
 
     @classmethod
@@ -37,14 +38,19 @@ class Scene:
         size: int,
         shape: Shape,
         *,
-        is_filled: bool = False,
+        manifest: Path | None = None,
         **settings: Any,
     ) -> Iterator[Self]:
-        """Start `size` nodes, mount everywhere, and wait until they see each other. `is_filled`: the bucket is."""
+        """Start `size` nodes, mount everywhere, and wait until they see each other.
+
+        `manifest`: what is in the bucket; none: it is filled here.
+        """
         with Cluster(server, size, **settings) as cluster:
             scene = cls(cluster, bucket, work, shape)
-            if not is_filled:
+            if manifest is None:
                 upload(server, bucket.name, shape, scene.manifest)
+            else:
+                scene.manifest = manifest
             for node in cluster.nodes:
                 scene.mount(node)
             if cluster.peers:

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import trio
 
@@ -26,6 +26,7 @@ from cachefs import __version__, errors
 from cachefs.agent import inheritance
 from cachefs.agent.crash_guard import CrashGuard
 from cachefs.agent.memory import anonymous_bytes, give_back, tune_allocator
+from cachefs.agent.peers import Peers
 from cachefs.agent.places import AgentPaths, is_own
 from cachefs.agent.presence import AlreadyRunning, Presence
 from cachefs.agent.report import Report
@@ -42,9 +43,6 @@ from cachefs.runtime import own_directory
 from cachefs.types import Tier
 from metadata.room import MetadataFull
 from metadata.store import MetadataWriter
-
-if TYPE_CHECKING:
-    from cachefs.agent.peering import Peering
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -97,7 +95,8 @@ class Agent:
 
     async def _live(self, on_ready: Callable[[], None]) -> None:
         paths = AgentPaths.create(self._config)
-        peering = await self._make_peering()
+        peers = Peers(self._peer, self._config, self._counters)
+        await peers.prepare()
         guard = CrashGuard(paths.cache_dir)
         guard.begin([paths.disk, paths.volumes.in_use], in_memory=[paths.shm] if is_own(paths.shm) else [])
         self._settle_block_size(paths.disk)
@@ -122,24 +121,21 @@ class Agent:
             ):
                 volumes = Volumes(
                     paths.volumes, self._config, self._run_blocking, self._housework, nursery,
-                    None if disk is None else disk.give_back, self._peer, None if peering is None else peering.sources,
+                    None if disk is None else disk.give_back, self._peer, peers.sources,
                 )  # fmt: skip
                 report = Report(self._config, self._counters, self._reasons, self._log_file)
-                volumes.handicaps = functools.partial(report.handicaps, paths, cache)
+                volumes.handicaps = lambda: [*report.handicaps(paths, cache), *peers.handicaps()]
                 alone = functools.partial(report.status, cache, volumes)
                 try:
-                    if peering is not None:
-                        await peering.start(nursery, cache, (shm, disk), volumes, alone)
+                    await peers.join(nursery, cache, (shm, disk), volumes, alone)
                 except errors.CachefsError as error:
-                    if await self._can_be_alone(error):
-                        peering = None
-                    else:
-                        refused = error  # a nursery would put it into a group
-                        nursery.cancel_scope.cancel()
+                    refused = error  # a nursery would put it into a group
+                    nursery.cancel_scope.cancel()
                 server = Server(
                     cache, volumes, self._config.block_size_bytes, None if shm is None else str(paths.shm),
-                    None if disk is None else str(paths.disk), functools.partial(_with_cluster, alone, peering),
-                    self._stopped.set, lambda: None if peering is None else peering.volumes_changed(),
+                    None if disk is None else str(paths.disk),
+                    lambda ask_peers: {**alone(), "cluster": peers.status(ask=ask_peers)},
+                    self._stopped.set, peers.volumes_changed,
                 )  # fmt: skip
                 await trio.lowlevel.checkpoint()
                 nursery.start_soon(self._presence.serve, server.serve, nursery)
@@ -153,8 +149,7 @@ class Agent:
                 # Hang up first: workers ask the next agent again, and none gets an error from a store that is closing.
                 self._presence.hide()
                 attached = await self._count_staying(volumes)
-                if peering is not None:
-                    await peering.leave()
+                await peers.leave()
                 cache.flush_at_exit = not attached  # readers wait for the next agent, which adopts the shm tier
                 nursery.cancel_scope.cancel()
         finally:
@@ -234,28 +229,6 @@ class Agent:
         except Exception:
             log.exception("removing metadata that nobody uses failed")
 
-    async def _make_peering(self) -> Peering | None:
-        """Return what makes this node a peer of others, if it is to be one. Raises UsageError."""
-        if not self._peer.etcd_endpoints:
-            return None
-        from cachefs.agent.peering import Peering  # what nobody asked for is not even imported
-
-        try:
-            return Peering(self._peer, self._config, self._counters)
-        except errors.CachefsError as error:
-            if await self._can_be_alone(error):
-                return None
-            raise
-
-    async def _can_be_alone(self, error: Exception) -> bool:
-        """Whether to go on without peers: readers are there who need an agent more than peers. Else somebody who mounts
-        is told what is wrong.
-        """
-        if not await self._housework(inheritance.living_mounts, self._config):
-            return False
-        log.warning("this node goes on without peers until its agent is started again: %s", error)
-        return True
-
     def _settle_block_size(self, disk: Path) -> None:
         """Keep the size of the blocks that the disk tier has, if it has any."""
         wanted, limit = self._config.block_size_bytes, self._config.cache_size_bytes
@@ -328,11 +301,6 @@ class Agent:
                 log.info("%s", signal.Signals(number).name)
                 self._signalled = True
                 self._stopped.set()
-
-
-def _with_cluster(alone: Callable[[], dict[str, Any]], peering: Peering | None, ask_peers: bool) -> dict[str, Any]:
-    """Return the status of an agent, with that of its cluster."""
-    return {**alone(), "cluster": None if peering is None else peering.status(ask=ask_peers)}
 
 
 def _writes_metadata(function: Callable[..., object]) -> bool:

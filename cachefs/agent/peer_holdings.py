@@ -20,7 +20,7 @@ from cachefs.block.codec import HEADER_SIZE
 from cachefs.block.flights import Filled
 from cachefs.block.lmdb_tier import TierWriter
 from cachefs.store.port import ListPage
-from cachefs.types import BlockKey, ObjectVersion, object_id
+from cachefs.types import BlockKey, ObjectId, ObjectVersion, object_id
 from peer.listings import ListingPages
 from peer.ports import Fetched
 from peer.wire import ListingRequest
@@ -40,14 +40,16 @@ class PeerHoldings:
         volumes: Callable[[str], list[Volume]],
         pages: ListingPages,
         summary: Callable[[], dict[str, Any]],
+        level: Callable[[str, ObjectId, int], int],
         nursery: trio.Nursery,
     ) -> None:
-        """`tiers`: shm and disk; `volumes`: those with this name among peers that are held now."""
+        """`tiers`: shm and disk; `volumes`: those with this name among peers that are held now; `level`: as below."""
         self._cache = cache
         self._shm, self._disk = tiers
         self._volumes = volumes
         self._pages = pages
         self._summary = summary
+        self._level = level
         self._nursery = nursery
         self._token = trio.lowlevel.current_trio_token()
         self._try_again: dict[str, float] = {}
@@ -68,6 +70,14 @@ class PeerHoldings:
             if payload is not None:
                 self._shm.touch([key])
             yield payload
+
+    def level(self, volume: str, oid: ObjectId, index: int) -> int:
+        """See `Holdings.level`."""
+        return self._level(volume, oid, index)
+
+    def stored(self, key: BlockKey) -> bool:
+        """See `Holdings.stored`."""
+        return self._disk is not None and key in self._disk
 
     def load(self, key: BlockKey, length: int) -> bytes | None:
         """See `Holdings.load`."""

@@ -9,17 +9,18 @@ A node without etcd, or with nobody there, works as one without peers.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import platform
 import secrets
 import socket
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import trio
 import xxhash
@@ -30,17 +31,18 @@ from cachefs.agent.peer_holdings import PeerHoldings
 from cachefs.agent.volumes import CurrentStore, Sources, Volume, Volumes
 from cachefs.block.block_cache import BlockCache
 from cachefs.block.lmdb_tier import TierWriter
-from cachefs.config import CacheConfig, MetadataConfig, PeerConfig, join_address, split_address
+from cachefs.config import CacheConfig, MetadataConfig, PeerConfig, join_address, split_address, split_endpoint
 from cachefs.metrics import Counters
 from cachefs.store.port import ObjectStore
-from cachefs.types import Consistency
+from cachefs.types import Consistency, ObjectId
 from peer.client import PeerClient
 from peer.credentials import PeerCredentials, check_listen
 from peer.etcd_settings import EtcdSettings
 from peer.identity import NodeIdentity
-from peer.listings import ListingPages, PeerListings, shared_age_s
+from peer.listings import MAX_AGE_S, ListingPages, PeerListings, shared_age_s
 from peer.members import Member
 from peer.membership import Membership
+from peer.placement import unit_of
 from peer.server import PeerServer
 from peer.source import Neighbours, PeerSource
 
@@ -70,9 +72,10 @@ class Peering:
         self._server: PeerServer | None = None
         self._membership: Membership | None = None
         self._neighbours: Neighbours | None = None
+        self._mounts_changed_at = time.monotonic()
         self._joined = trio.Event()
         self._staying = trio.CancelScope()
-        self._left = trio.Event()
+        self._left: trio.Event | None = None
 
     async def start(
         self,
@@ -84,11 +87,13 @@ class Peering:
     ) -> None:
         """Listen, and join the cluster. Raises UsageError, also when it cannot listen there."""
         self._volumes = volumes
-        host, port = await trio.to_thread.run_sync(self._own_address)
+        host, port = await trio.to_thread.run_sync(self._own_address, abandon_on_cancel=True)
         listen, listen_port = split_address(self._config.peer_listen) if self._config.peer_listen else (host, port)
         listen_port = listen_port or port
         check_listen(listen, self._credentials, self._config.peer_insecure)
-        holdings = PeerHoldings(cache, tiers, self._held, self._pages, lambda: summary_of(summary()), nursery)
+        holdings = PeerHoldings(
+            cache, tiers, self._held, self._pages, lambda: summary_of(summary()), self._level, nursery
+        )
         server = PeerServer(holdings, credentials=self._credentials, counters=self._counters)
         try:
             bound = await trio.to_thread.run_sync(server.start, listen, listen_port)
@@ -100,8 +105,7 @@ class Peering:
         try:
             await self._join(nursery, cache, join_address(host, port or bound))
         except BaseException:
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(server.close)
+            await self.leave()
             raise
 
     async def _join(self, nursery: trio.Nursery, cache: BlockCache, address: str) -> None:
@@ -127,20 +131,21 @@ class Peering:
             block_size=cache.block_size,
             counters=self._counters,
         )
-        nursery.start_soon(self._stay)
+        self._left = trio.Event()
+        nursery.start_soon(self._stay, self._left)
         reading = await trio.to_thread.run_sync(living_mounts, self._cache)
         with trio.move_on_after(REJOIN_WAIT_S if reading else JOIN_WAIT_S):
             await self._joined.wait()
         log.info("peers of cluster %r reach this node at %s", self._config.cluster, member.address)
 
-    async def _stay(self) -> None:
+    async def _stay(self, left: trio.Event) -> None:
         """Be a member until `leave`."""
         assert self._membership is not None
         with self._staying:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._membership.run)
                 self._joined.set()
-        self._left.set()
+        left.set()
 
     def _etcd_settings(self) -> EtcdSettings:
         config = self._config
@@ -158,7 +163,7 @@ class Peering:
         """Return where others reach this node; port 0: any. BLOCKS (a name may have to be looked up)."""
         if self._config.advertise:
             return split_address(self._config.advertise)
-        return address_towards(self._config.etcd_endpoints[0]), 0
+        return address_towards(*self._config.etcd_endpoints), 0
 
     # -- for volumes ---------------------------------------------------------------------------------------------------
 
@@ -168,18 +173,30 @@ class Peering:
             return Sources(store)
         name = volume_name(store, prefix)
         blocks = PeerSource(name, store, self._neighbours, lambda: store.max_requests)
-        ttl_s = rules.metadata_ttl_s
-        if rules.consistency is not Consistency.TTL or math.isinf(ttl_s) or not ttl_s:
-            return Sources(blocks)  # what is pinned for ever must not be older than the mount
+        ttl_s = math.inf if rules.consistency is Consistency.IMMUTABLE else rules.metadata_ttl_s
+        if rules.consistency is Consistency.STRICT or not ttl_s:
+            return Sources(blocks)
         age_s = shared_age_s(ttl_s)
-        return Sources(blocks, PeerListings(name, store, self._neighbours, self._pages, age_s), age_s)
+        max_age_s = self._since_mounts_changed if math.isinf(ttl_s) else lambda: age_s
+        return Sources(blocks, PeerListings(name, store, self._neighbours, self._pages, max_age_s), age_s)
+
+    def _since_mounts_changed(self) -> float:
+        """Return how old a page may be that is kept for ever: what was there when somebody mounted is in it."""
+        return min(MAX_AGE_S, time.monotonic() - self._mounts_changed_at)
 
     def volumes_changed(self) -> None:
         """Mounts came or went: tell the cluster what this node holds."""
+        self._mounts_changed_at = time.monotonic()
         if self._membership is not None and self._volumes is not None:
             keeps = self._cache.shm_size_bytes or self._cache.cache_size_bytes
             held = [volume for volume in self._volumes.mounted() if keeps and is_shared(volume.store)]
             self._membership.set_volumes(frozenset(map(_name, held)))
+
+    def _level(self, volume: str, oid: ObjectId, index: int) -> int:
+        neighbours = self._neighbours
+        if neighbours is None:
+            return 0  # nobody is asked yet
+        return neighbours.candidates(volume, unit_of(oid, index, neighbours.block_size)).level
 
     def _held(self, name: str) -> list[Volume]:
         mounted = [] if self._volumes is None else self._volumes.mounted()
@@ -234,10 +251,11 @@ class Peering:
     # -- the end -------------------------------------------------------------------------------------------------------
 
     async def leave(self) -> None:
-        """Leave the cluster, and stop serving it. Takes at most some seconds."""
-        with trio.move_on_after(LEAVE_S, shield=True):
-            self._staying.cancel()
-            await self._left.wait()
+        """Leave the cluster, and stop serving it, as far as it was joined. Takes at most some seconds."""
+        self._staying.cancel()
+        if self._left is not None:
+            with trio.move_on_after(LEAVE_S, shield=True):
+                await self._left.wait()
         self.client.close()
         if self._server is not None:
             with trio.CancelScope(shield=True):
@@ -283,17 +301,22 @@ def _name(volume: Volume) -> str:
     return volume_name(volume.store, volume.prefix)
 
 
-def address_towards(url: str) -> str:
-    """Return the local address from which packets to a URL's host would leave. BLOCKS. Raises UsageError."""
-    parts = urlsplit(url)
-    try:
-        found = socket.getaddrinfo(parts.hostname, parts.port or 2379, type=socket.SOCK_DGRAM)
-        family, kind, protocol, _, address = found[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.connect(address)  # sends nothing: it only chooses a route
-            return str(probe.getsockname()[0])
-    except OSError as error:
-        raise errors.UsageError(
-            f"no way to {url} can be found ({error.strerror or error}): "
-            "say with --advertise where others reach this node"
-        ) from error
+def address_towards(*urls: str) -> str:
+    """Return the local address from which packets to the host of a URL would leave, the first of them to which there is
+    a way. BLOCKS. Raises UsageError when there is none to any.
+    """
+    reasons = []
+    for url in urls:
+        _, host, port = split_endpoint(url)
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+            for family, kind, protocol, _, address in found:
+                with socket.socket(family, kind, protocol) as probe, contextlib.suppress(OSError):
+                    probe.connect(address)  # sends nothing: it only chooses a route
+                    return str(probe.getsockname()[0])
+            reasons.append(f"{url}: no route")
+        except OSError as error:
+            reasons.append(f"{url}: {error.strerror or error}")
+    raise errors.UsageError(
+        f"no way to etcd can be found ({'; '.join(reasons)}): say with --advertise where others reach this node"
+    )

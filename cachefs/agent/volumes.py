@@ -32,7 +32,7 @@ from cachefs.store.retry import RetryingStore
 from cachefs.types import FileKind, Ino, ObjectId, ObjectVersion, Tier, block_count, object_id
 from metadata import custody, disuse
 from metadata.freshness import Freshness
-from metadata.listing import Lister
+from metadata.listing import Lister, PageSource
 from metadata.moving import Places
 from metadata.resolver import Resolver
 from metadata.room import AHEAD, MakeRoom, MetadataFull
@@ -80,6 +80,11 @@ class CurrentStore:
         """See `BlockSource.max_requests`."""
         return self.now.max_requests
 
+    @property
+    def spread(self) -> bool:
+        """See `BlockSource.spread`."""
+        return True
+
     def check(self, prefix: str) -> None:
         """See `ObjectStore.check`."""
         self.now.check(prefix)
@@ -121,7 +126,7 @@ class Sources:
     """Where a volume's blocks and listings come from: its store, or other nodes first."""
 
     blocks: BlockSource
-    listings: ObjectStore | None = None
+    listings: PageSource | None = None
     """Other nodes, who may have a listing already."""
     listing_age_s: float = 0.0
     """How old a page of those listings may be."""
@@ -156,22 +161,27 @@ class Volume:
         freshness: Freshness,
         run_blocking: RunBlocking,
         nursery: trio.Nursery,
-        sources: Sources,
+        sources: Callable[[], Sources],
     ) -> None:
         self.volume_id = volume_id
         self.source = source
         self.prefix = prefix
         self.store = store
         self.writer = writer
-        self.blocks_from = sources.blocks
-        self.lister = Lister(
-            writer, store, prefix, freshness, run_blocking, nursery, sources.listings, sources.listing_age_s
-        )
+        self._sources = sources
+        self.lister = Lister(writer, store, prefix, freshness, run_blocking, nursery)
+        self.renew_sources()
         self.resolver = Resolver(writer, store, prefix, freshness, run_blocking, self.lister)
         self.mounts: dict[int, AttachedMount] = {}
         self.mounted_at_s = 0.0
         """When the mount was made whose store settings are in use."""
         self._versions: dict[int, FileVersion] = {}
+
+    def renew_sources(self) -> None:
+        """Ask anew where blocks and listings come from: peers are there that were not. What is on its way stays so."""
+        sources = self._sources()
+        self.blocks_from = sources.blocks
+        self.lister.borrow_from(sources.listings, sources.listing_age_s)
 
     def file(self, ino: Ino, block_size: int) -> FileVersion:
         """Return the object version behind an inode. Raises StaleObject, IsADirectory."""
@@ -271,7 +281,7 @@ class Volumes:
         disuse.mark_used(writer.path)
         run_blocking = functools.partial(self._run_blocking, trio.CapacityLimiter(METADATA_THREADS))
         current = CurrentStore(store)
-        sources = self._make_sources(current, prefix, rules)
+        sources = functools.partial(self._make_sources, current, prefix, rules)
         volume = Volume(
             volume_id, source, prefix, current, writer, Freshness(rules), run_blocking, self._nursery, sources
         )

@@ -310,7 +310,7 @@ class BlockCache:
             self._flights[flight.key] = flight
         for group in ranges_of(from_disk, self.block_size, self._origin_lane.under_way(line)):
             self._promote(version, source, group, priority)
-        for group in ranges_of(from_origin, self.block_size, self._origin_lane.under_way(line)):
+        for group in ranges_of(from_origin, self.block_size, self._origin_lane.under_way(line), spread=line.spread):
             self._fetch(version, source, group, priority)
         if ready:
             self.touch([block_key(oid, block.index) for block in ready])
@@ -357,7 +357,7 @@ class BlockCache:
                 self._quiet_since = trio.current_time()
             # One bad block beside a good one leaves a gap, and a range has none: each group of neighbours by itself.
             line = source.route(version, flights[0].index * self.block_size)
-            for group in ranges_of(left, self.block_size, self._origin_lane.under_way(line)):
+            for group in ranges_of(left, self.block_size, self._origin_lane.under_way(line), spread=line.spread):
                 self._fetch(version, source, group, priority)
 
         job = Job(work, finished, sum(flight.length for flight in flights), priority)

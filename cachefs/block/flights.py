@@ -122,17 +122,19 @@ class Waiting:
         return sorted([*self._ready, *landed], key=lambda block: block.index)
 
 
-def ranges_of(flights: Sequence[Flight], block_size: int, under_way: int = 0) -> list[list[Flight]]:
+def ranges_of(
+    flights: Sequence[Flight], block_size: int, under_way: int = 0, *, spread: bool = True
+) -> list[list[Flight]]:
     """Split flights into groups of neighbours, each to be read as one range, beside so many that are under way.
 
     Few long ranges that begin where a part of the object may begin cost the least on both ends (SeaweedFS: 0.9 s of
     CPU per GiB in whole parts of 8 MiB, 1.1 to 1.4 s shifted by 1 MiB, 1.3 to 1.7 s in ranges of 2 MiB), and their
     blocks are used while the rest comes in; but a store gives a connection only so much, so what comes first and is
-    less than a part is spread over several.
+    less than a part is spread over several, if that helps (`BlockSource.spread`).
     """
     part = max(1, PART_BYTES // block_size)
     longest = part
-    if len(flights) < part:
+    if spread and len(flights) < part:
         wanted = len(flights) * block_size // max(1, RANGES - under_way)
         longest = max(1, max(wanted, SHORTEST_RANGE) // block_size)
     groups: list[list[Flight]] = []

@@ -16,6 +16,13 @@ class BlockSource(Protocol):
         """How many reads may be under way at once. May change."""
         ...
 
+    @property
+    def spread(self) -> bool:
+        """Whether several short reads side by side are faster than a long one, as of stores which give a connection
+        only so much. Of a route.
+        """
+        ...
+
     def route(self, version: ObjectVersion, start: int) -> BlockSource:
         """Return the source that will read a range which begins there: this one, or a part of it.
 

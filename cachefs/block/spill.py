@@ -2,7 +2,7 @@
 
 A block from the store is committed to the shm tier and its reader goes on; the disk is paid later. The queue holds
 keys, the bytes are read again from the shm tier. Blocks are written at full speed when nobody has read for `QUIET_S` or
-when the queue holds half of the shm tier, one batch every `TRICKLE_S` while somebody reads (writing 1 GiB takes a CPU
+when the queue holds most of the shm tier, one batch every `TRICKLE_S` while somebody reads (writing 1 GiB takes a CPU
 for seconds: at full speed it would halve what readers of the shm tier get), and at the latest when the shm tier wants
 to evict them (`demote`, in the evicting thread).
 
@@ -25,7 +25,9 @@ from cachefs.types import BlockKey
 log = logging.getLogger(__name__)
 
 QUIET_S = 0.25
-TRICKLE_S = 0.5
+TRICKLE_S = 2.0
+PRESSING = 0.75
+"""Of the shm tier: what is left is filled in seconds, and a batch is written in less."""
 BATCH_BLOCKS = 64
 BATCH_BYTES = 8 << 20
 
@@ -42,7 +44,6 @@ class Spiller:
         self._pending: dict[BlockKey, None] = {}
         self._wanted = trio.Event()
         self._limiter = trio.CapacityLimiter(1)
-        self._pressure = max(1, shm.limit_bytes // 2 // shm.block_size)
         self._batch = max(1, min(BATCH_BLOCKS, BATCH_BYTES // shm.block_size))
 
     def __len__(self) -> int:
@@ -86,6 +87,11 @@ class Spiller:
                 self._counters.add(metrics.SPILLS.name, len(values))
                 self._counters.add(metrics.SPILL_BYTES.name, sum(len(value) for _, value in values))
 
+    def _presses(self) -> bool:
+        """Whether the queue holds `PRESSING` of the shm tier, if its blocks are as large as others there."""
+        tier = self._shm.stats()
+        return len(self._pending) * int(tier["used_bytes"]) >= int(tier["blocks"]) * self._shm.limit_bytes * PRESSING
+
     async def _write_batch(self) -> None:
         batch = [key for key, _ in zip(list(self._pending), range(self._batch), strict=False)]
         await trio.to_thread.run_sync(self._write, batch, limiter=self._limiter)
@@ -98,7 +104,7 @@ class Spiller:
                 self._wanted = trio.Event()
                 await self._wanted.wait()
             busy = self._quiet_since() + QUIET_S > trio.current_time()
-            if busy and len(self._pending) < self._pressure:
+            if busy and not self._presses():
                 await trio.sleep(QUIET_S)
                 if trio.current_time() < trickled + TRICKLE_S:
                     continue

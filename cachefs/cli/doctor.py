@@ -24,7 +24,7 @@ from cachefs.cli import output
 from cachefs.cli.checks import FAIL, OK, WARN, Check, check_sizes, run_host_checks
 from cachefs.cli.load import Loaded, build, fitted
 from cachefs.cli.options import CONFIG_PARAMETER, config_options
-from cachefs.cli.peer_checks import run_peer_checks
+from cachefs.cli.peer_checks import check_agent, run_peer_checks
 from cachefs.config import S3Config
 from cachefs.errors import (
     AccessDenied,
@@ -88,6 +88,7 @@ def _all_checks(loaded: Loaded, environment: dict[str, str]) -> Iterator[Check]:
     yield from run_host_checks(loaded.config, environment)
     yield from run_store_checks(loaded.config.s3, environment)
     yield from run_peer_checks(loaded.config.peer)
+    yield from check_agent(loaded.config.cache)
 
 
 # -- the store --------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ from cachefs.config import (
     PeerConfig,
     S3Config,
     split_address,
+    split_endpoint,
 )
 from cachefs.errors import ConfigError
 
@@ -237,8 +238,7 @@ def _fill_directories(values: dict[str, Any], environment: Mapping[str, str]) ->
     for name in _PATHS:
         path = values.get(name)
         if path:
-            path = home + path[1:] if path == "~" or path.startswith("~/") else path
-            values[name] = os.path.abspath(path)
+            values[name] = os.path.abspath(home + path[1:] if path == "~" or path.startswith("~/") else path)
 
 
 def _home_of(uid: int) -> str:
@@ -347,9 +347,10 @@ def _validate_shm(cache: CacheConfig) -> None:
 
 def _validate_peer(peer: PeerConfig) -> None:
     for url in peer.etcd_endpoints:
-        if not re.fullmatch(r"https?://[^/?#\s@,]+/?", url):
-            shown = re.sub(r"//[^/@]*@", "//***@", url)
-            raise ConfigError(f"--etcd {shown}: must look like http://HOST:PORT or https://HOST:PORT")
+        try:
+            split_endpoint(url)
+        except ValueError as error:
+            raise ConfigError(f"--etcd {error}") from error
     if not peer.etcd_endpoints:
         for f in dataclasses.fields(peer):
             if getattr(peer, f.name) != f.default and f.name != "etcd":

@@ -1,4 +1,6 @@
-"""What `cachefs doctor` looks at when peers are configured: whether etcd answers, and the way to this node."""
+"""What `cachefs doctor` looks at when peers are configured: whether etcd answers, the way to this node, and whether an
+agent that runs is a peer.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,12 @@ import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 from cachefs.cli.checks import FAIL, OK, WARN, Check
-from cachefs.config import PeerConfig, split_address
+from cachefs.cli.status import ask_agent
+from cachefs.config import CacheConfig, PeerConfig, split_address
+from cachefs.runtime import RuntimeDir
 
 TIMEOUT_S = 3.0
 
@@ -27,6 +32,24 @@ def run_peer_checks(peer: PeerConfig) -> Iterator[Check]:
         yield Check("peers", WARN, text, "give --peer-secret-file, or --peer-cert, --peer-key and --peer-ca")
     if peer.etcd_endpoints and peer.advertise:
         yield check_advertised(peer.advertise)
+
+
+def check_agent(cache: CacheConfig) -> Iterator[Check]:
+    """Yield whether the agent of the cache directory is a peer, if one runs that was asked to be one."""
+    if not Path(cache.runtime_dir, "agents").is_dir():  # asking must not make it
+        return
+    try:
+        path = RuntimeDir(cache.runtime_dir).agent(cache.cache_dir, "sock")
+    except OSError:  # it is not ours, as another check says
+        return
+    cluster = (ask_agent(path) or {}).get("cluster")
+    if not cluster:
+        return
+    if cluster.get("problem"):
+        text = f"the agent of {cache.cache_dir} is no peer for now: {cluster['problem']}"
+        yield Check("peering", FAIL, text, "mend that: the agent tries again by itself, at least once a minute")
+    else:
+        yield Check("peering", OK, f"the agent of {cache.cache_dir} is in cluster {cluster.get('cluster')!r}")
 
 
 def check_etcd(endpoint: str, peer: PeerConfig) -> Check:

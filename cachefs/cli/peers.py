@@ -39,7 +39,7 @@ MEMBER_KEYS = (
 def peers(*, as_json: bool, runtime_dir: str | None, config_file: str | None) -> int:
     """Show the nodes that share their caches with this one.
 
-    Exit code 1 when an agent has no connection to etcd, or a node does not answer.
+    Exit code 1 when an agent is no peer for now or has no connection to etcd, or when a node does not answer.
     """
     config = build_config({"runtime_dir": runtime_dir}, os.environ, config_file)
     clusters = collect(config.cache.runtime_dir)
@@ -71,6 +71,7 @@ def describe_cluster(reply: Mapping[str, Any]) -> dict[str, Any]:
         "cluster": cluster.get("cluster"),
         "agent_pid": reply.get("agent_pid"),
         "cache_dir": reply.get("cache_dir"),
+        "problem": cluster.get("problem"),
         "node_id": cluster.get("node_id"),
         "connected": bool(cluster.get("etcd", {}).get("connected")),
         "etcd": cluster.get("etcd", {}),
@@ -120,6 +121,9 @@ def render(clusters: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _cluster_lines(cluster: Mapping[str, Any]) -> list[str]:
+    if cluster["problem"]:
+        name, why = output.plain(str(cluster["cluster"])), output.plain(str(cluster["problem"]))
+        return [f"CLUSTER {name}: agent {cluster['agent_pid']} is no peer for now, and tries again by itself: {why}"]
     etcd = cluster["etcd"]
     state = "connected to etcd" if cluster["connected"] else f"no connection to etcd: {etcd.get('last_error') or '-'}"
     factor = "-" if cluster["amplification"] is None else f"{cluster['amplification']:.2f}"

@@ -188,7 +188,7 @@ def _health(state: Mapping[str, Any], reply: Mapping[str, Any] | None) -> tuple[
 
 
 def _agent_problems(reply: Mapping[str, Any], volume_id: object) -> Iterator[str]:
-    """Yield what is wrong with the store of a volume, and with the tiers."""
+    """Yield what is wrong with the store of a volume, with the tiers, and with peers."""
     origin = reply.get("volumes", {}).get(volume_id, {}).get("origin", {})
     if origin.get("failing"):
         yield (
@@ -200,6 +200,8 @@ def _agent_problems(reply: Mapping[str, Any], volume_id: object) -> Iterator[str
         if tier.get("limit_bytes") and tier.get("state", "on") != "on":
             why = tier.get("reason") or f"the agent's log says why: {reply.get('log_file') or 'it is its stderr'}"
             yield f"the {name} tier is {tier['state']}, so other sources serve; {why}"
+    if without_peers := (reply.get("cluster") or {}).get("problem"):
+        yield f"it has no peers for now, and its agent tries again by itself: {without_peers}"
 
 
 def is_running(pid: object) -> bool:
@@ -317,6 +319,8 @@ def _agent_lines(agent: Mapping[str, Any]) -> list[str]:
 def _cluster_lines(cluster: Mapping[str, Any] | None, counters: Mapping[str, Any]) -> list[str]:
     if not cluster:
         return []
+    if cluster.get("problem"):
+        return [f"  peers none for now: {output.plain(str(cluster['problem']))}"]
     etcd = cluster.get("etcd", {})
     state = "" if etcd.get("connected") else f", no connection to etcd ({etcd.get('last_error') or 'not yet'})"
     received, served = counters.get("peer_fill_bytes", 0), counters.get("peer_served_bytes", 0)

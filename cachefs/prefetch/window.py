@@ -5,8 +5,9 @@ at once) and with gaps (pages that it has already). So a read belongs to a known
 furthest byte read so far, at most `SLACK` behind or ahead of it. That furthest byte is the reader's position; what
 has been asked for ends at the frontier.
 
-A sequential reader asks for what lies between the frontier and one window past its position whenever it has used up an
-eighth of the window: requests stay large, and a store that is far away always has nearly the whole window under way.
+A sequential reader asks for what lies between the frontier and one window past its position whenever it has used up a
+part of the object (8 MiB), or half of a window that is small: requests stay large, and a store that is far away always
+has most of the window under way.
 One that has used up half of its window makes it grow (x2, up to the maximum). A read elsewhere moves the
 position there, asks for nothing and cuts the window to nothing; `PROOF` bytes that follow on it without a gap begin a
 sequence again. So a reader of random records never causes readahead, and a seek of a sequential reader costs little.
@@ -94,7 +95,7 @@ class ReadWindow:
         if self.window >= 2 * PART_BYTES:
             target += -target % PART_BYTES
         target = min(target, file_size)
-        self._trigger = end + self.window // 8 if target < file_size else file_size + 1
+        self._trigger = end + min(self.window // 2, PART_BYTES) if target < file_size else file_size + 1
         if first >= target:
             return None
         self._frontier = target

@@ -115,6 +115,36 @@ async def test_pages_that_may_be_old_count_as_old(writer, store, nursery):
     assert 15 <= age_s < 17
 
 
+async def test_who_lends_pages_may_come_later(writer, store, nursery):
+    """A listing on its way goes on as it began, and a name that vanished before stays away."""
+    for each in ("v/a", "v/b", "v/c"):
+        store.put(each, b"x")
+    old = GatedStore()
+    for each in ("v/a", "v/b", "v/c", "v/vanished"):
+        old.put(each, b"x")
+    lister = make(writer, store, nursery, ttl_s=1.0)
+    store.close_gate()
+    async with trio.open_nursery() as readers:
+        readers.start_soon(lister.list_directory, ROOT_INO, None)
+        while not store.pages:  # noqa: ASYNC110 - a thread changes it
+            await trio.sleep(0.01)
+        lister.name_vanished()
+        lister.borrow_from(old, 0.5)
+        store.gate.release(100)
+    known = writer.reader.dentry(ROOT_INO, b"a")
+    assert known is not None
+    assert (time.time_ns() - known.checked_ns) / 1e9 < 0.5, "it was asked of the store itself"
+    await trio.sleep(0.1)
+    assert not lister._trusts(lister._elsewhere), "it may be older than the name's end"
+    await trio.sleep(1.0)
+    assert (await lister.list_directory(ROOT_INO, None)).complete
+    assert (store.pages, old.pages) == ([None, "v/b"], [None, "v/b"]), "each from one of them, to the last page"
+    lister.borrow_from(None, 0.5)
+    await trio.sleep(1.05)
+    await lister.list_directory(ROOT_INO, None)
+    assert (len(store.pages), len(old.pages)) == (4, 2)
+
+
 async def test_a_name_that_vanished_is_not_brought_back_by_an_old_page(writer, store, nursery):
     """The other node asked the store before the name was deleted."""
     store.put("v/a", b"x")

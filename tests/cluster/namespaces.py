@@ -8,6 +8,8 @@
         network.unplug(one); network.plug(one)  # a partition of one: the cable is in, and nothing comes through
         network.far(two, one_way_s=0.05)        # a round trip of 100 ms
         network.limit(one, 100_000_000)         # bytes per second that n1 can send
+        network.add_zone("b"); network.add("n3", 13, zone="b")   # a bridge of its own, behind one cable
+        network.zone_link("b", up=False)        # nothing comes into the zone or leaves it
 
 All of it is in namespaces, the bridge too: the machine itself gets no address, no route and no device, so any number of
 networks may use the same addresses. A thread enters a namespace by setns(2); what it starts there runs there, while
@@ -23,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
+import json
 import os
 import shutil
 import socket
@@ -35,8 +38,8 @@ from typing import Self
 from tests.support.programs import REPOSITORY
 
 NAMESPACES = Path("/run/netns")
-SUBNET = "10.213.0"
-PREFIX_LENGTH = 24
+SUBNET, PREFIX_LENGTH = "10.213.0", 24
+SUBNET_6, PREFIX_LENGTH_6 = "fd00:213:", 64
 HUB_NUMBER = 254
 _HUB_MAC = "02:00:00:00:fe:fe"  # a bridge that takes the address of a port would change it when that port leaves
 _NOBODY = "02:00:00:00:de:ad"
@@ -52,6 +55,11 @@ _TBF_QUEUE_BYTES = 8 << 20
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _numbers = itertools.count()
+
+
+def address_of(number: int, *, ipv6: bool = False) -> str:
+    """Return an address of the network, without its length."""
+    return f"{SUBNET_6}:{number:x}" if ipv6 else f"{SUBNET}.{number}"
 
 
 def why_not() -> str:
@@ -106,21 +114,23 @@ def _enter(descriptor: int) -> None:
 class Network:
     """The bridge and the places on it. Context manager."""
 
-    def __init__(self, prefix: str = "") -> None:
-        """`prefix`: how the names of its namespaces begin."""
+    def __init__(self, prefix: str = "", *, ipv6: bool = False) -> None:
+        """`prefix`: how the names of its namespaces begin. `ipv6`: addresses of that, and no others."""
         self.prefix = prefix or f"cfs{os.getpid()}x{next(_numbers)}-"
+        self.ipv6 = ipv6
         self.places: dict[str, Place] = {}
-        self.hub = Place(f"{self.prefix}hub", "hub", f"{SUBNET}.{HUB_NUMBER}")
+        self._bridges: dict[str, str] = {}
+        """By place: where its cable belongs."""
+        self.hub = Place(f"{self.prefix}hub", "hub", address_of(HUB_NUMBER, ipv6=ipv6))
         self._lines: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
         try:
             run("ip", "netns", "add", self.hub.namespace)
-            bridge = ("type", "bridge", "forward_delay", "0", "mcast_snooping", "0")
-            self._ip(self.hub, "link", "add", "name", "br0", "address", _HUB_MAC, *bridge)
+            self._keep_addresses(self.hub)
+            self._ip(self.hub, "link", "set", "lo", "up")
+            self._add_bridge("br0", _HUB_MAC)
             self.add_address(self.hub.address)
-            for name in ("lo", "br0"):
-                self._ip(self.hub, "link", "set", name, "up")
             with self.hub.entered():  # a cable beside the bridge must not be answered as if it were in it
                 Path("/proc/sys/net/ipv4/conf/all/arp_ignore").write_text("1")
         except BaseException:
@@ -140,14 +150,17 @@ class Network:
                 run("ip", "netns", "del", place.namespace)
         self.places.clear()
 
-    def add(self, name: str, number: int) -> Place:
-        """Make a place with the address SUBNET.number."""
-        place = self.places[name] = Place(f"{self.prefix}{name}", name, f"{SUBNET}.{number}")
+    def add(self, name: str, number: int, *, zone: str = "") -> Place:
+        """Make a place with the address of this number, in a zone that was added."""
+        address = address_of(number, ipv6=self.ipv6)
+        place = self.places[name] = Place(f"{self.prefix}{name}", name, address)
+        self._bridges[name] = _bridge(zone)
         run("ip", "netns", "add", place.namespace)
+        self._keep_addresses(place)
         there = ("peer", "name", "eth0", "netns", place.namespace)
         self._ip(self.hub, "link", "add", "name", _cable(place), "type", "veth", *there)
-        self._ip(self.hub, "link", "set", "dev", _cable(place), "master", "br0", "up")
-        self._ip(place, "addr", "add", f"{place.address}/{PREFIX_LENGTH}", "dev", "eth0")
+        self._ip(self.hub, "link", "set", "dev", _cable(place), "master", _bridge(zone), "up")
+        self._add_address(place, "eth0", place.address)
         for device in ("lo", "eth0"):
             self._ip(place, "link", "set", device, "up")
         return place
@@ -160,7 +173,38 @@ class Network:
 
     def add_address(self, address: str) -> None:
         """Give the hub an address more."""
-        self._ip(self.hub, "addr", "add", f"{address}/{PREFIX_LENGTH}", "dev", "br0")
+        self._add_address(self.hub, "br0", address)
+
+    def add_zone(self, zone: str) -> None:
+        """Make a bridge for places that reach all others through one cable."""
+        here, there = _zone_ends(zone)
+        self._add_bridge(_bridge(zone))
+        self._ip(self.hub, "link", "add", "name", here, "type", "veth", "peer", "name", there)
+        self._ip(self.hub, "link", "set", "dev", here, "master", "br0", "up")
+        self._ip(self.hub, "link", "set", "dev", there, "master", _bridge(zone), "up")
+
+    def zone_bytes(self, zone: str) -> tuple[int, int]:
+        """Return how many bytes came into a zone so far, and how many left it, with all heads."""
+        [link] = json.loads(self._ip(self.hub, "-json", "-statistics", "link", "show", "dev", _zone_ends(zone)[1]))
+        return link["stats64"]["rx"]["bytes"], link["stats64"]["tx"]["bytes"]
+
+    def _add_bridge(self, name: str, mac: str = "") -> None:
+        kind = ("type", "bridge", "forward_delay", "0", "mcast_snooping", "0")
+        self._ip(self.hub, "link", "add", "name", name, *(("address", mac) if mac else ()), *kind)
+        self._ip(self.hub, "link", "set", name, "up")
+
+    def _add_address(self, place: Place, device: str, address: str) -> None:
+        length = PREFIX_LENGTH_6 if self.ipv6 else PREFIX_LENGTH
+        at_once = ("nodad",) if self.ipv6 else ()  # else nobody may use it for the first second
+        self._ip(place, "addr", "add", f"{address}/{length}", "dev", device, *at_once)
+
+    def _keep_addresses(self, place: Place) -> None:
+        """An address of IPv6 goes when its link is down, unless told otherwise; one of IPv4 stays."""
+        if self.ipv6:
+            with place.entered():
+                for scope in ("all", "default"):
+                    Path(f"/proc/sys/net/ipv6/conf/{scope}/disable_ipv6").write_text("0")
+                    Path(f"/proc/sys/net/ipv6/conf/{scope}/keep_addr_on_down").write_text("1")
 
     # -- faults -------------------------------------------------------------------------------------------------------
 
@@ -179,7 +223,11 @@ class Network:
     def plug(self, place: Place) -> None:
         """Undo `unplug` and `far`."""
         self._end_line(place.name)
-        self._ip(self.hub, "link", "set", "dev", _cable(place), "master", "br0")
+        self._ip(self.hub, "link", "set", "dev", _cable(place), "master", self._bridges[place.name])
+
+    def zone_link(self, zone: str, *, up: bool) -> None:
+        """Take the cable of a whole zone down, or up again."""
+        self._ip(self.hub, "link", "set", "dev", _zone_ends(zone)[0], "up" if up else "down")
 
     def cut(self, source: Place, address: str) -> None:
         """Lose all that a place sends to an address; what comes from there still arrives."""
@@ -206,7 +254,7 @@ class Network:
         inner, outer = f"d-{place.name}", f"e-{place.name}"
         self._ip(self.hub, "link", "add", "name", inner, "type", "veth", "peer", "name", outer)
         self._ip(self.hub, "link", "set", "dev", outer, "up")
-        self._ip(self.hub, "link", "set", "dev", inner, "master", "br0", "up")
+        self._ip(self.hub, "link", "set", "dev", inner, "master", self._bridges[place.name], "up")
         self._ip(self.hub, "link", "set", "dev", _cable(place), "nomaster")
         with self.hub.entered(), _tap(_cable(place)) as here, _tap(outer) as there:
             ends = [str(end.fileno()) for end in (here, there)]
@@ -239,6 +287,15 @@ class Network:
 def _cable(place: Place) -> str:
     """The hub's end of a place's cable."""
     return f"p-{place.name}"
+
+
+def _bridge(zone: str) -> str:
+    return f"br-{zone}" if zone else "br0"
+
+
+def _zone_ends(zone: str) -> tuple[str, str]:
+    """The two ends of a zone's cable: on the bridge of all, and on that of the zone."""
+    return f"y-{zone}", f"z-{zone}"
 
 
 def _tap(device: str) -> socket.socket:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import socketserver
 import threading
 from http.server import HTTPServer
 from typing import Any
 
+from cachefs.config import join_address
 from tests.cluster.namespaces import Place
 from tests.support.etcd_server import LOOPBACK, EtcdServer
 from tests.support.fault_proxy import FaultProxy, _Connection, _Server
@@ -31,6 +33,10 @@ class _QuietServer(_Server):
 assert issubclass(_Server, HTTPServer), "what the method above replaces"
 
 
+class _QuietServer6(_QuietServer):
+    address_family = int(socket.AF_INET6)
+
+
 class Origin(FaultProxy):
     """A proxy in a place, before an S3 server on our loopback interface. Context manager."""
 
@@ -42,7 +48,7 @@ class Origin(FaultProxy):
     @property
     def endpoint_url(self) -> str:
         """What nodes use."""
-        return f"http://{self.place.address}:{PORT}"
+        return f"http://{join_address(self.place.address, PORT)}"
 
     def got_bytes(self, bucket: str) -> int:
         """Return how many bytes of objects of a bucket were sent."""
@@ -56,7 +62,8 @@ class Origin(FaultProxy):
 
     def _listen(self) -> None:
         with self.place.entered():  # only the socket is there: threads reach the server from where we are
-            self._server = _QuietServer((self.place.address, PORT), _Connection)
+            kind = _QuietServer6 if ":" in self.place.address else _QuietServer
+            self._server = kind((self.place.address, PORT), _Connection)
         self._server.proxy = self
         self.port = PORT
         self._thread = threading.Thread(
@@ -76,7 +83,7 @@ class ClusterEtcd(EtcdServer):
     @property
     def url(self) -> str:
         """What to give nodes as --etcd."""
-        return f"http://{self.address}:{self.port}"
+        return f"http://{join_address(self.address, self.port)}"
 
     def _start(self) -> None:
         with self.place.entered():

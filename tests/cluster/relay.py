@@ -37,7 +37,8 @@ class Relay:
         self._threads: set[threading.Thread] = set()
         self._is_closed = False
         with place.entered():  # only the socket is there: threads reach the server from where we are
-            self._listener = socket.create_server((place.address, port), backlog=_BACKLOG)
+            family = socket.AF_INET6 if ":" in place.address else socket.AF_INET
+            self._listener = socket.create_server((place.address, port), family=family, backlog=_BACKLOG)
         self._accepting = threading.Thread(target=self._accept, name="relay", daemon=True)
         self._accepting.start()
 

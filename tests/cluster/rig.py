@@ -31,8 +31,9 @@ from typing import Any, Self, TextIO
 
 from bench.s3_server import S3Server
 from cachefs.cli.status import collect
+from cachefs.config import join_address
 from cachefs.runtime import shm_directory
-from tests.cluster.namespaces import NAMESPACES, SUBNET, Network, Place, run
+from tests.cluster.namespaces import NAMESPACES, Network, Place, address_of, run
 from tests.cluster.origin import PORT, ClusterEtcd, Origin
 from tests.cluster.relay import Relay
 from tests.support.machine import abort_connections, detach, kill, mounts_below, wait_until
@@ -102,17 +103,20 @@ class Cluster:
         *,
         peers: bool = True,
         faults: bool = True,
+        ipv6: bool = False,
         options: Sequence[str] = (),
         **node_settings: Any,
     ) -> None:
         """`peers`: whether nodes are told of etcd. `faults`: S3 is reached through `origin`, which counts requests and
-        breaks them; otherwise through `relay`, which only counts bytes and costs next to nothing. `options` go to every
-        `cachefs mount`, `node_settings` to every `Node` (shm_size, cache_size, ...).
+        breaks them; otherwise through `relay`, which only counts bytes and costs next to nothing. `ipv6`: all have
+        addresses of that, and no others. `options` go to every `cachefs mount`, `node_settings` to every `Node`
+        (shm_size, cache_size, ...).
         """
         self.server = server
         self.size = size
         self.peers = peers
         self.faults = faults
+        self.ipv6 = ipv6
         self.options = tuple(options)
         self.name = f"{os.getpid()}x{next(_numbers)}"
         self.nodes: list[ClusterNode] = []
@@ -145,8 +149,8 @@ class Cluster:
     def _build(self) -> None:
         prefix = f"cfs{self.name}-"
         self.record = self._resources.enter_context(Record.create(self.name, prefix))
-        self.network = self._resources.enter_context(Network(prefix))
-        etcd_address = f"{SUBNET}.{_ETCD_NUMBER}"
+        self.network = self._resources.enter_context(Network(prefix, ipv6=self.ipv6))
+        etcd_address = address_of(_ETCD_NUMBER, ipv6=self.ipv6)
         self.network.add_address(etcd_address)
         place = self.origin_place = self.network.add("s3", _S3_NUMBER)
         if self.faults:
@@ -165,13 +169,16 @@ class Cluster:
     @property
     def endpoint_url(self) -> str:
         """Where nodes find S3."""
-        return f"http://{self.origin_place.address}:{PORT}"
+        return f"http://{join_address(self.origin_place.address, PORT)}"
 
-    def add_node(self, *options: str, **settings: Any) -> ClusterNode:
-        """Add a node; it joins the cluster with its first mount. `options` go to every `cachefs mount`."""
+    def add_node(self, *options: str, zone: str = "", **settings: Any) -> ClusterNode:
+        """Add a node; it joins the cluster with its first mount. `options` go to every `cachefs mount`; `zone`: one of
+        the network, which the node is told of.
+        """
         number = len(self.nodes)
         assert number < MOST_NODES
-        place = self.network.add(f"n{number + 1}", _FIRST_NODE + number)
+        place = self.network.add(f"n{number + 1}", _FIRST_NODE + number, zone=zone)
+        options = (*options, f"--zone={zone}") if zone else options
         node = ClusterNode(self, place, [*self.options, *options], **{**self._settings, **settings})
         self.nodes.append(node)
         self.record.add_base(node.base)

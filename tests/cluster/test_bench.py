@@ -16,7 +16,8 @@ from bench.cluster.runs import ScenarioFailed, Stage, Terms
 from bench.targets import Verdict
 
 MIB = 1 << 20
-SMALL = Terms(nodes=2, shape=Shape(large_files=2, large_bytes=5 * MIB, small_files=5), bytes_per_s=50_000_000)
+SHAPE = Shape(large_files=2, large_bytes=5 * MIB, small_files=5)
+SMALL = Terms(nodes=2, shape=SHAPE, shards=SHAPE, small=SHAPE, bytes_per_s=50_000_000)
 MACHINE = {"date": "2026-01-01T00:00", "cpus": 2, "cpu_model": "any", "kernel": "6"}
 
 
@@ -113,7 +114,8 @@ def test_stalls_are_told_from_those_before() -> None:
 @pytest.mark.slow
 def test_the_scenarios_play(tmp_path: Path) -> None:
     with Stage(SMALL, tmp_path) as stage:
-        alone, together, joined = runs.together(stage, peers=False), runs.together(stage, peers=True), runs.join(stage)
+        alone, together = (runs.together(stage, SHAPE, peers=peers) for peers in (False, True))
+        joined = runs.join(stage)
     assert 2.0 <= alone["origin_share"] <= 2.1, "both nodes, and some heads and listings"
     assert 1.0 <= together["origin_share"] <= 1.1
     assert together["counters"]["peer_fill_bytes"] == SMALL.shape.total_bytes
@@ -125,7 +127,7 @@ def test_the_scenarios_play(tmp_path: Path) -> None:
 def test_a_wrong_byte_fails_a_scenario(tmp_path: Path) -> None:
     with Stage(SMALL, tmp_path) as stage:
         stage.server.client().put_object(
-            Bucket=stage.bucket.name, Key="shards/0001.tar", Body=bytes(SMALL.shape.large_bytes)
+            Bucket=stage.buckets[SHAPE].name, Key="shards/0001.tar", Body=bytes(SHAPE.large_bytes)
         )
         with pytest.raises(ScenarioFailed, match=r"shards/0001.tar: MiB 0 is wrong"):
-            runs.together(stage, peers=False)
+            runs.together(stage, SHAPE, peers=False)

@@ -29,8 +29,8 @@ MIB = 1 << 20
 SHAPE = Shape(large_files=3, large_bytes=20 * MIB + 12_345, small_files=40, small_bytes=100_000)
 READ_S = 60.0
 WORST_STALL_MS = 2000.0
-PATIENCE_S = 5.0
-"""How long a node that lives and does not get what it fetches is waited for."""
+ALONE_S = 1.0
+"""How long a node that lives and does not get what it fetches is waited for until S3 is asked as well."""
 
 
 class Checked(Scene):
@@ -292,7 +292,7 @@ def test_a_peer_that_is_far_is_slow_and_right(rig: Checked) -> None:
 
 @pytest.mark.slow
 def test_an_owner_that_cannot_read_s3_is_no_error_for_others(s3_server: S3Server, bucket: Bucket) -> None:
-    """It is waited for once, and whoever asked it asks S3."""
+    """It is waited for a second, and then whoever asked it asks S3 as well."""
     bodies = {f"small-{number}": content(str(number), 50_000) for number in range(12)}
     bucket.fill(bodies)
     with Cluster(s3_server, 2) as cluster:
@@ -304,9 +304,10 @@ def test_an_owner_that_cannot_read_s3_is_no_error_for_others(s3_server: S3Server
             begun = time.monotonic()
             assert (one.path / name).read_bytes() == body
             took_s.append(time.monotonic() - begun)
-        assert max(took_s) <= PATIENCE_S + 1.5, took_s
+        assert max(took_s) <= ALONE_S + 0.7, took_s
         assert sum(took > 1 for took in took_s) <= 4, took_s
         assert cluster.nodes[0].counter("peer_failures") > 0, "it was asked"
+        assert cluster.nodes[0].counter("peer_hedges_won") > 0
 
 
 @pytest.mark.slow

@@ -321,8 +321,8 @@ def test_what_cannot_be_built_leaves_nothing(s3_server: S3Server, monkeypatch: p
     bases: list[Path] = []
     add = Network.add
 
-    def failing(self: Network, name: str, number: int) -> Place:
-        place = add(self, name, number)
+    def failing(self: Network, name: str, number: int, **more: str) -> Place:
+        place = add(self, name, number, **more)
         if name == "n2":
             bases.extend(node.base for node in cluster.nodes)
             raise RuntimeError("no more")

@@ -5,6 +5,7 @@ What happens to a cluster whose nodes and network fail is in tests/cluster.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -21,6 +22,7 @@ import pytest
 import trustme
 
 from cachefs.types import ObjectVersion, block_key, object_id
+from tests.support.etcd_cluster import EtcdCluster
 from tests.support.etcd_server import EtcdServer
 from tests.support.machine import kill, wait_until
 from tests.support.mounts import Bucket, Mount, Node
@@ -163,6 +165,23 @@ def test_a_strict_mount_lists_at_the_store(make_node: Callable[..., Node], bucke
     assert counter(one.node, "peer_listing_pages") == counter(two.node, "peer_listing_pages") == 0
 
 
+@pytest.mark.parametrize("pinned", ["--consistency=immutable", "--metadata-ttl=forever"])
+def test_listings_that_are_kept_for_ever_are_shared_and_never_older_than_the_mount(
+    make_node: Callable[..., Node], bucket: Bucket, options: list[str], pinned: str
+) -> None:
+    options = [*options, pinned]
+    directories = [f"d{number}" for number in range(8)]  # each node owns some of them
+    bucket.fill({f"{name}/old": b"x" for name in directories})
+    one, two = pair(make_node, bucket, options)
+    for mount in (one, two):
+        assert [os.listdir(mount.path / name) for name in directories] == [["old"]] * 8
+    assert counter(one.node, "peer_listing_pages") + counter(two.node, "peer_listing_pages") == 8
+    bucket.fill({f"{name}/new": b"x" for name in directories})
+    later = make_node().mount(bucket.url, *options, "--node-name=later")
+    wait_for_members(later.node, "one", "two", "later")
+    assert [sorted(os.listdir(later.path / name)) for name in directories] == [["new", "old"]] * 8
+
+
 def test_a_name_that_appears_is_seen_within_its_time(
     make_node: Callable[..., Node], bucket: Bucket, options: list[str]
 ) -> None:
@@ -259,18 +278,23 @@ def test_what_cannot_work_is_one_line(
     assert not node.processes("supervisor")
 
 
+def _certificates(directory: Path) -> list[str]:
+    """Make a certificate of a new authority, and return the options that name the files."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(directory / "ca.pem")
+    leaf = authority.issue_cert("node.cachefs")
+    leaf.private_key_pem.write_to_path(directory / "key.pem")
+    with (directory / "cert.pem").open("wb") as file:
+        for part in leaf.cert_chain_pems:
+            file.write(part.bytes())
+    return [f"--peer-{name}={directory}/{name}.pem" for name in ("ca", "cert", "key")]
+
+
 def test_certificates_and_curl(
     make_node: Callable[..., Node], etcd: EtcdServer, bucket: Bucket, tmp_path: Path
 ) -> None:
     bucket.fill(OBJECTS)
-    authority = trustme.CA()
-    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
-    leaf = authority.issue_cert("node.cachefs")
-    leaf.private_key_pem.write_to_path(tmp_path / "key.pem")
-    with (tmp_path / "cert.pem").open("wb") as file:
-        for part in leaf.cert_chain_pems:
-            file.write(part.bytes())
-    files = [f"--peer-{name}={tmp_path}/{name}.pem" for name in ("ca", "cert", "key")]
+    files = _certificates(tmp_path)
     one, two = pair(make_node, bucket, [*place(etcd, bucket), *files])
     read_and_compare(one.path, OBJECTS)
     read_and_compare(two.path, OBJECTS)
@@ -327,20 +351,152 @@ def test_readers_do_not_wait_for_etcd_when_their_agent_has_died(
     wait_for_members(node, os.uname().nodename)
 
 
-def test_an_agent_that_cannot_be_a_peer_any_more_serves_its_readers(
+def test_an_agent_that_cannot_be_a_peer_any_more_serves_its_readers_and_becomes_one_again(
     make_node: Callable[..., Node], bucket: Bucket, options: list[str], secret: Path
 ) -> None:
-    node = make_node()
-    mount = node.mount(bucket.url, *options)
+    """Its mounts, which were made without peers, have them then."""
+    own = secret.with_name("own-secret")
+    shutil.copy(secret, own)
+    one, two = pair(make_node, bucket, options)
+    two.umount()
+    two.node.stop_agent()
+    mount = two.node.mount(bucket.url, *options[:-1], f"--peer-secret-file={own}", "--node-name=two")
+    node = mount.node
+    wait_for_members(one.node, "one", "two")
     assert (mount.path / "small").read_bytes() == OBJECTS["small"]
-    secret.unlink()
+    own.unlink()
     killed = node.kill_agent()
     assert (mount.path / "large").read_bytes() == OBJECTS["large"]
     node.wait_for_agent(killed)
-    assert "goes on without peers until its agent is started again: --peer-secret-file" in node.full_log()
-    assert node.status()["agents"][0]["cluster"] is None
     assert (node.shm_directory / "data.mdb").exists() or any(node.shm_directory.iterdir()), "the warm tier stays"
-    assert (mount.path / "small").read_bytes() == OBJECTS["small"]
+    assert_the_reason_is_shown(mount, bucket, str(own))
+    assert counter(node, "peer_requests") == 0
+
+    for number in range(4):
+        bucket.put(f"later/{number}", content(f"later {number}", 9 * MIB))
+    for number in range(4):
+        assert (one.path / f"later/{number}").read_bytes() == content(f"later {number}", 9 * MIB)
+    shutil.copy(secret, own)
+    wait_until(lambda: members(node) == {"one", "two"}, 30, "it is a peer again")
+    wait_for_members(one.node, "one", "two")
+    for number in range(4):
+        assert (mount.path / f"later/{number}").read_bytes() == content(f"later {number}", 9 * MIB)
+    assert counter(node, "peer_fill_bytes") == 4 * 9 * MIB, "a mount that was there has peers"
+    assert mount.status()["health"] == "ok"
+    assert node.full_log().count("goes on without peers") == node.full_log().count("is a peer again") == 1
+    assert node.run("peers", f"--runtime-dir={node.runtime_dir}").returncode == 0
+
+
+def assert_the_reason_is_shown(mount: Mount, bucket: Bucket, reason: str) -> None:
+    """Wherever somebody looks who wonders why his node has no peers."""
+    node = mount.node
+    where = f"--runtime-dir={node.runtime_dir}"
+    assert node.full_log().count(f"tries again by itself: --peer-secret-file: {reason}") == 1
+    cluster = node.status()["agents"][0]["cluster"]
+    assert reason in cluster["problem"]
+    assert (cluster["members"], cluster["node_id"]) == ([], None)
+    assert mount.status()["health"] == "degraded"
+    assert reason in node.run("status", where).stdout
+    done = node.run("peers", where)
+    assert (done.returncode, "is no peer for now" in done.stdout, reason in done.stdout) == (1, True, True)
+    done = node.run("peers", "--json", where)
+    assert reason in json.loads(done.stdout)["clusters"][0]["problem"]
+    done = node.run("doctor", where, f"--cache-dir={node.cache_dir}")
+    assert any(line.startswith("fail") and reason in line for line in done.stdout.splitlines()), done.stdout
+    endpoint = f"--endpoint-url={bucket.server.endpoint_url}"
+    done = node.try_mount(bucket.url, endpoint, place=_directory(node, "second"))
+    assert (done.returncode, "has no peers for now" in done.stderr) == (0, True)
+    second = Mount(node, node.base / "second")
+    node.mounts.append(second)
+    assert (second.path / "small").read_bytes() == OBJECTS["small"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["certificate", "port"])
+def test_whatever_kept_an_agent_from_being_a_peer_may_be_mended(
+    make_node: Callable[..., Node], etcd: EtcdServer, bucket: Bucket, tmp_path: Path, what: str
+) -> None:
+    bucket.fill(OBJECTS)
+    files = _certificates(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    node = make_node()
+    mount = node.mount(bucket.url, *place(etcd, bucket), *files, f"--advertise=127.0.0.1:{port}", "--node-name=one")
+    wait_for_members(node, "one")
+    good = (tmp_path / "cert.pem").read_bytes()
+    if what == "certificate":
+        (tmp_path / "cert.pem").write_bytes(good[: len(good) // 2])
+    killed = node.kill_agent()
+    with contextlib.ExitStack() as taken:
+        if what == "port":
+            taken.enter_context(_listener_at(port))
+        node.wait_for_agent(killed)
+        read_and_compare(mount.path, OBJECTS)
+        problem = node.status()["agents"][0]["cluster"]["problem"]
+        assert ("--peer-cert" if what == "certificate" else "already in use") in problem
+    (tmp_path / "cert.pem").write_bytes(good)
+    wait_until(lambda: members(node) == {"one"}, 30, "it is a peer again")
+    assert node.status()["agents"][0]["cluster"]["problem"] is None
+
+
+def _listener_at(port: int) -> socket.socket:
+    """Take the port of an agent that was just killed, before the next one does."""
+    found: list[socket.socket] = []
+
+    def taken() -> bool:
+        with contextlib.suppress(OSError):  # the last thread of the dead one holds it for a moment
+            found.append(socket.create_server(("127.0.0.1", port)))
+        return bool(found)
+
+    wait_until(taken, 2, f"port {port} is free")
+    return found[0]
+
+
+@pytest.mark.slow
+def test_an_agent_that_is_no_peer_ends_in_order_and_survives_kills(
+    make_node: Callable[..., Node], bucket: Bucket, options: list[str], secret: Path
+) -> None:
+    node = make_node()
+    mount = node.mount(bucket.url, *options, "--node-name=one")
+    secret.unlink()
+    killed = 0
+    for _ in range(2):
+        killed = node.kill_agent()
+        assert (mount.path / "small").read_bytes() == OBJECTS["small"]
+        node.wait_for_agent(killed)
+    since = time.monotonic()
+    kill(node.agent_pid, signal.SIGTERM)
+    node.wait_for_agent(killed)
+    assert time.monotonic() - since < 5
+    assert (mount.path / "large").read_bytes() == OBJECTS["large"]
+    assert "Traceback" not in node.full_log()
+
+
+@pytest.mark.slow
+def test_one_of_three_members_of_etcd_may_die(
+    make_node: Callable[..., Node], bucket: Bucket, options: list[str]
+) -> None:
+    """`--etcd` is repeated; whoever starts while one is dead finds the others."""
+    with EtcdCluster() as etcd:
+        options = [option for option in options if not option.startswith("--etcd=")]
+        options += [f"--etcd={endpoint}" for endpoint in etcd.endpoints]
+        one, two = pair(make_node, bucket, options)
+        leader = etcd.leader()
+        leader.kill()
+        etcd.leader([member for member in etcd.members if member is not leader])
+        new = make_node().mount(bucket.url, *options, "--node-name=new")
+        for node in (one.node, two.node, new.node):
+            wait_for_members(node, "one", "two", "new")
+            wait_until(functools.partial(_is_connected, node), 10, "it is connected to etcd")
+        for mount in (one, two, new):
+            read_and_compare(mount.path, OBJECTS)
+        assert sum(counter(mount.node, "origin_fill_bytes") for mount in (one, two, new)) == TOTAL
+        done = new.node.run("doctor", f"--runtime-dir={new.node.runtime_dir}", *options)
+        assert done.stdout.count("fail  etcd ") == 1, done.stdout
+
+
+def _is_connected(node: Node) -> bool:
+    return bool(node.status()["agents"][0]["cluster"]["etcd"]["connected"])
 
 
 def test_the_advertised_port_is_the_one_that_is_bound(

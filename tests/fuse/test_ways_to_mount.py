@@ -99,7 +99,12 @@ def test_a_configuration_file_of_an_fstab_line(node: Node, bucket: Bucket, proxy
     assert os.stat(place / "file").st_mode & 0o777 == 0o400
 
 
-MOUNT_8 = """
+LET_GO = "umount -c -i -l -a -t fuse.cachefs 2>/dev/null\n"
+"""A new mount name space has copies of all mounts: those of other tests must not live as long as it does."""
+
+MOUNT_8 = (
+    LET_GO
+    + """
 sbin=$(readlink -f /sbin); base=$1; place=$2; shift 2
 mkdir -p "$base/over" && mount -t tmpfs tmpfs "$base/over" && mkdir "$base/over/u" "$base/over/w" &&
 mount -t overlay overlay -o "lowerdir=$sbin,upperdir=$base/over/u,workdir=$base/over/w" "$sbin" || exit 77
@@ -114,6 +119,7 @@ CACHEFS_RUNTIME_DIR="$base/run" mount -o remount,ro "$place" 2>&1; echo "= $?"
 fstab -o remount,cache-size=300MiB "$place"
 umount "$place"; echo "= $?"
 """
+)
 
 
 def test_fstab_through_mount_8(node: Node, bucket: Bucket, proxy: FaultProxy, place: Path, needs_root: None) -> None:
@@ -137,13 +143,16 @@ def test_fstab_through_mount_8(node: Node, bucket: Bucket, proxy: FaultProxy, pl
     wait_until(lambda: not node.processes(), 15, "nothing is left")
 
 
-CONTAINER = """
+CONTAINER = (
+    LET_GO
+    + """
 place=$1; size=$2; shift 2
 mount -t tmpfs -o "size=$size" tmpfs /dev/shm || exit 77
 "$@" || exit $?
 cat "$place/file"; echo
 umount "$place"
 """
+)
 
 
 @pytest.mark.parametrize(

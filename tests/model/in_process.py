@@ -133,7 +133,7 @@ async def open_filesystem(directory: Path, store: MemoryStore, consistency: Cons
                 Freshness(rules),
                 run_blocking,
                 nursery,
-                Sources(current),
+                lambda: Sources(current),
             )
             blocks = cast("TierReader", TierView(shm))
             reads = ReadPath(writer.reader, blocks, store.endpoint, store.bucket, BLOCK)

@@ -41,6 +41,7 @@ class FakeHoldings:
         self.gate = threading.Event()
         """Fetches wait until it is set."""
         self.gate.set()
+        self.level_of: Callable[[ObjectId], int] = lambda _: 0
         self.inline = False
         """Whether a fetch hands the bytes over instead of keeping them."""
         self.fetched_runs: list[tuple[str, int, int]] = []
@@ -138,6 +139,14 @@ class FakeHoldings:
         finally:
             view.release()  # raises nothing, unless somebody kept a part of it
             self.lent_now -= 1
+
+    def level(self, volume: str, oid: ObjectId, index: int) -> int:
+        """See `Holdings.level`."""
+        return self.level_of(oid)
+
+    def stored(self, key: BlockKey) -> bool:
+        """See `Holdings.stored`."""
+        return key in self.disk
 
     def load(self, key: BlockKey, length: int) -> bytes | None:
         """See `Holdings.load`."""

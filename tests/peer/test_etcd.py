@@ -14,7 +14,6 @@ import trio
 import trustme
 
 import peer.etcd
-from cachefs import errors
 from peer.etcd import (
     Compacted,
     EtcdRefused,
@@ -25,7 +24,7 @@ from peer.etcd import (
     etcdrpc,
     open_session,
 )
-from peer.etcd_settings import EtcdSettings, split_endpoint
+from peer.etcd_settings import EtcdSettings
 from peer.records import Record
 from tests.peer.nodes import until
 from tests.peer.relay import open_relay
@@ -64,47 +63,7 @@ class Watcher:
             self.fault = fault
 
 
-# -- settings ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("endpoint", "parts"),
-    [
-        ("http://etcd", (False, "etcd", 2379)),
-        ("https://etcd.example:99/", (True, "etcd.example", 99)),
-        ("http://[::1]:5", (False, "[::1]", 5)),
-        ("http://10.0.0.1:2379", (False, "10.0.0.1", 2379)),
-    ],
-)
-def test_endpoints(endpoint: str, parts: tuple[bool, str, int]) -> None:
-    assert split_endpoint(endpoint) == parts
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"endpoints": ()},
-        {"endpoints": ("etcd:2379",)},
-        {"endpoints": ("http://",)},
-        {"endpoints": ("ftp://etcd",)},
-        {"endpoints": ("http://etcd:0x10",)},
-        {"endpoints": ("http://etcd:99999",)},
-        {"endpoints": ("http://etcd/path",)},
-        {"endpoints": ("http://etcd?x=1",)},
-        {"endpoints": ("http://fs:hunter2@etcd",)},
-        {"cluster": ""},
-        {"cluster": "a/b"},
-        {"cluster": "x" * 65},
-        {"cert": Path("c")},
-        {"key": Path("k")},
-        {"user": "u"},
-        {"password_file": Path("p")},
-    ],
-)
-def test_settings_that_cannot_be_meant(wrong: dict[str, Any]) -> None:
-    with pytest.raises(errors.ConfigError) as refusal:
-        EtcdSettings(**{"endpoints": ("http://etcd",), **wrong})
-    assert "hunter2" not in str(refusal.value)
+# -- the library ------------------------------------------------------------------------------------------------------
 
 
 def test_the_generated_modules_are_what_the_proto_files_say() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from cachefs.metrics import Counters
 from cachefs.store.memory import MemoryStore
 from cachefs.store.port import ListPage
 from peer import listings
+from peer.leash import Leash
 from peer.listings import ListingPages, PeerListings, shared_age_s
 from peer.members import Member, View
 from peer.source import Neighbours
@@ -139,11 +140,15 @@ class Client:
             raise PeerUnavailable("gone")
         return self.page, 3.0
 
-    def read_blocks(self, peer: Member, request: BlockRequest, buffers: Sequence[memoryview]) -> Iterator[int]:
+    def read_blocks(
+        self, peer: Member, request: BlockRequest, buffers: Sequence[memoryview], leash: Leash | None = None
+    ) -> Iterator[int]:
         raise AssertionError("nobody asks for blocks here")
 
 
-def rig(store: Store, others: str, answer: ListPage | None) -> tuple[PeerListings, Client, Counters]:
+def rig(
+    store: Store, others: str, answer: ListPage | None, max_age_s: Callable[[], float] = lambda: 12.0
+) -> tuple[PeerListings, Client, Counters]:
     members = tuple(Member(node_id=letter * 16, name=letter, address="127.0.0.1:1") for letter in others)
     client, counters = Client(answer), Counters()
     view = View({member.node_id: member for member in members}, {VOLUME: members})
@@ -155,7 +160,7 @@ def rig(store: Store, others: str, answer: ListPage | None) -> tuple[PeerListing
         block_size=1 << 20,
         counters=counters,
     )
-    return PeerListings(VOLUME, store, neighbours, ListingPages(), 12.0), client, counters
+    return PeerListings(VOLUME, store, neighbours, ListingPages(), max_age_s), client, counters
 
 
 def test_the_owner_of_a_directory_is_asked(store: Store) -> None:
@@ -182,11 +187,12 @@ def test_when_nobody_answers_the_store_is_asked(store: Store) -> None:
     assert client.asked == []
 
 
-def test_single_names_are_asked_of_the_store(store: Store) -> None:
-    shared, client, _ = rig(store, "bcd", ListPage((), (), None))
-    assert shared.list_page("p/a/", delimiter="", limit=1) == ListPage((), (), None)
-    assert shared.head("p/a").size == 3
-    assert client.asked == []
+def test_how_old_a_page_may_be_is_looked_up_for_each(store: Store) -> None:
+    ages = iter([0.5, 3.0])
+    shared, client, _ = rig(store, "bcd", ListPage((), (), None), lambda: next(ages))
+    shared.list_page("p/")
+    shared.list_page("p/")
+    assert [asked.max_age_s for _, asked in client.asked] == [0.5, 3.0]
 
 
 @pytest.mark.parametrize(("ttl_s", "age_s"), [(60.0, 15.0), (4.0, 1.0), (float("inf"), 15.0), (0.4, 0.1)])

@@ -216,7 +216,7 @@ def test_a_weight_that_grows_only_takes_and_one_that_shrinks_only_gives(
 
 
 def test_alone_and_with_nobody() -> None:
-    assert Ring([]).candidates(b"u", "me") == Candidates((), is_owner=False, level=3, after=None)
+    assert Ring([]).candidates(b"u", "me") == Candidates((), is_owner=False, level=0, after=None)
     assert Ring([node(1)]).candidates(b"u", node(1).node_id) == Candidates((), is_owner=True, level=0, after=None)
     assert Ring([node(1)]).candidates(b"u", "me") == Candidates((node(1),), is_owner=False, level=3, after=None)
 

@@ -11,6 +11,7 @@ from cachefs.metrics import Counters
 from cachefs.store.memory import MemoryStore
 from cachefs.store.port import ListPage
 from cachefs.types import ObjectVersion, Tier
+from peer.leash import Leash
 from peer.members import PEER_PROTOCOL, Member, View
 from peer.source import FUTILE, SELDOM, Neighbours, PeerSource
 from peer.wire import BlockRequest, ListingRequest, NotHeld, PeerSlow, PeerUnavailable
@@ -39,7 +40,9 @@ class Client:
         self.answers: dict[str, Callable[[int], Exception | None]] = {}
         """By name: what happens before the block of this number (of those asked for) is sent."""
 
-    def read_blocks(self, peer: Member, request: BlockRequest, buffers: Sequence[memoryview]) -> Iterator[int]:
+    def read_blocks(
+        self, peer: Member, request: BlockRequest, buffers: Sequence[memoryview], leash: Leash | None = None
+    ) -> Iterator[int]:
         self.asked.append((peer.name, request.only_cached, request.first, request.count))
         if request.only_cached and peer.name in self.lacks:
             raise NotHeld("no")

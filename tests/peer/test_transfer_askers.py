@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import socket
 import ssl
+import threading
 import time
 
 import pytest
 
+from cachefs.types import ObjectVersion
 from peer import wire
 from peer.limits import ServerLimits
 from tests.peer.fake_holdings import FakeHoldings
@@ -190,5 +192,38 @@ def test_a_mistake_of_ours_ends_one_connection(node: Nodes, asker: Askers) -> No
     there.holdings.put("x", SIZE, "disk")
     assert ask(here, there.member)[0] == []
     there.holdings.put("x", SIZE)
-    assert ask(here, there.member) == ([1, 2, 3], "")
+    assert ask(asker(), there.member) == ([1, 2, 3], "")
     there.wait_for(bytes_in_flight=0)
+
+
+def test_questions_that_wait_for_other_nodes_leave_room_for_those_that_wait_for_the_store(
+    node: Nodes, asker: Askers
+) -> None:
+    """Two nodes full of questions of the first kind, each for the other's share, would wait for each other."""
+    there, here = node(limits=ServerLimits(requests=2, fetched_bytes=2 * SIZE)), asker()
+    other_node = threading.Event()
+
+    def wait_for_the_other(key: str) -> Exception | None:
+        return None if key == "own" or other_node.wait(10) else TimeoutError()
+
+    there.holdings.before_fetch = wait_for_the_other
+    relayed = [there.holdings.put(f"relayed-{number}", SIZE, "store") for number in range(4)]
+    own = there.holdings.put("own", SIZE, "store")
+    there.holdings.level_of = lambda oid: 0 if oid == there.holdings.oid(own) else 2
+    results: list[list[int]] = []
+
+    def ask_for_relayed(another: Asker, version: ObjectVersion) -> None:
+        results.append(another.read(there.member, there.holdings, there.holdings.request(version)))
+
+    threads = [threading.Thread(target=ask_for_relayed, args=(asker(), version)) for version in relayed]
+    try:
+        for thread in threads:
+            thread.start()
+        there.wait_for(requests=2)  # one has all the room there is, one waits for it, the others in their line
+        assert here.read(there.member, there.holdings, there.holdings.request(own)) == [1, 2, 3]
+        assert results == []
+    finally:
+        other_node.set()
+        for thread in threads:
+            thread.join()
+    assert results == [[1, 2, 3]] * 4

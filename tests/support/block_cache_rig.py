@@ -27,6 +27,7 @@ class Source:
 
     def __init__(self, max_requests: int = 16) -> None:
         self.max_requests = max_requests
+        self.spread = True
         self.calls: list[tuple[str, int, int]] = []
         self.gate = threading.Event()
         self.gate.set()

@@ -146,6 +146,10 @@ class EtcdServer:
         os.kill(self.pid, signal.SIGCONT)
 
     def _start(self) -> None:
+        self._launch()
+        self._wait()
+
+    def _launch(self) -> None:
         with (self._directory / "log").open("ab") as log:
             self._guard = subprocess.Popen(
                 ["/bin/sh", "-c", _GUARD, "etcd-guard", str(self._directory), _executable(), *self._arguments()],
@@ -155,6 +159,10 @@ class EtcdServer:
                 cwd=self._directory,
                 start_new_session=True,
             )
+
+    def _wait(self) -> None:
+        """Return when it answers. Raises EtcdServerError."""
+        assert self._guard is not None
         deadline = time.monotonic() + START_TIMEOUT_S
         while not self._answers():
             if self._guard.poll() is not None or time.monotonic() > deadline:
@@ -188,7 +196,7 @@ class EtcdServer:
         return arguments + list(self._more)
 
     def _answers(self) -> bool:
-        """Whether it has a leader (itself) and says so."""
+        """Whether it knows a leader and says so."""
         try:
             socket.create_connection((LOOPBACK, self.port), timeout=1).close()
         except OSError:

@@ -410,8 +410,8 @@ class _Connection(BaseHTTPRequestHandler):
             if not piece:
                 self._break(Fault(reset=True))
                 return
+            exchange.sent_bytes += len(piece)  # before: whoever gets the last piece may count at once
             self.wfile.write(piece)
-            exchange.sent_bytes += len(piece)
         if fault.truncate_after is not None or fault.length_delta:
             if fault.stall:
                 gone.wait()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import http.server
+import os
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from cachefs.cli.checks import FAIL, OK, WARN
-from cachefs.cli.peer_checks import check_advertised, check_etcd, run_peer_checks
-from cachefs.config import PeerConfig
+from cachefs.cli.peer_checks import check_advertised, check_agent, check_etcd, run_peer_checks
+from cachefs.config import CacheConfig, PeerConfig
+from cachefs.runtime import RuntimeDir
+from tests.unit.test_cli_status import agent
 
 
 @pytest.fixture
@@ -69,6 +73,23 @@ def test_addresses_of_others() -> None:
     assert check_advertised("127.0.0.1:7000").outcome == OK
     assert check_advertised("192.0.2.1").outcome == WARN
     assert check_advertised("no-such-host.invalid").outcome == FAIL
+
+
+def test_an_agent_that_is_no_peer_for_now(tmp_path: Path) -> None:
+    cache = CacheConfig(runtime_dir=str(tmp_path / "run"), cache_dir="/var/cache/cachefs")
+    assert list(check_agent(cache)) == []
+    assert not (tmp_path / "run").exists(), "asking makes nothing"
+    runtime = RuntimeDir(cache.runtime_dir)
+    assert list(check_agent(cache)) == []
+    with agent(runtime, {}, cluster=None) as path:
+        assert list(check_agent(cache)) == []
+    os.unlink(path)
+    with agent(runtime, {}, cluster={"cluster": "lab", "problem": None}) as path:
+        assert [check.outcome for check in check_agent(cache)] == [OK]
+    os.unlink(path)
+    with agent(runtime, {}, cluster={"cluster": "lab", "problem": "the secret is gone"}):
+        [found] = check_agent(cache)
+        assert (found.outcome, "the secret is gone" in found.text, "by itself" in found.remedy) == (FAIL, True, True)
 
 
 def test_which_checks_there_are(endpoint: str) -> None:

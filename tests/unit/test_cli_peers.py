@@ -78,6 +78,18 @@ def test_no_connection_to_etcd_is_an_exit_code(runtime: RuntimeDir) -> None:
         assert "no connection to etcd: connection refused" in outcome.output
 
 
+def test_an_agent_that_is_no_peer_for_now_says_why(runtime: RuntimeDir) -> None:
+    away = {**cluster(connected=False), "problem": "the secret\x1b is gone", "node_id": None}
+    with agent(runtime, {}, cluster=away):
+        outcome = invoke(runtime)
+        assert outcome.return_value == 1
+        [line] = outcome.output.splitlines()
+        assert line.startswith("CLUSTER lab: agent 4711 is no peer for now, and tries again by itself: the secret")
+        assert "\x1b" not in outcome.output
+        [told] = json.loads(invoke(runtime, "--json").output)["clusters"]
+        assert (told["problem"], told["members"], told["amplification"]) == ("the secret\x1b is gone", [], None)
+
+
 def test_names_cannot_move_the_cursor(runtime: RuntimeDir) -> None:
     with agent(runtime, {}, cluster=cluster(member("a", name="\x1b[2J\nevil"))):
         assert "\x1b" not in invoke(runtime).output

@@ -213,6 +213,22 @@ def test_a_tier_that_is_off_is_a_problem_unless_nobody_wants_it(runtime: Runtime
     assert mount["problems"] == ["the disk tier is off, so other sources serve; no such disk"]
 
 
+def test_an_agent_that_is_no_peer_for_now_is_a_problem_of_its_mounts(runtime: RuntimeDir, process: int) -> None:
+    identity = add_mount(runtime, "/mnt/a", process)
+    away = {"problem": "the secret\x1b is gone", "cluster": "lab", "etcd": {"connected": False}, "members": []}
+    with agent(runtime, attached(identity), cluster=away) as path:
+        document = status.collect(runtime.path)
+    os.unlink(path)
+    assert document["mounts"][0]["health"] == "degraded"
+    [problem] = document["mounts"][0]["problems"]
+    assert problem == "it has no peers for now, and its agent tries again by itself: the secret\x1b is gone"
+    shown = "\n".join(status.render(document))
+    assert "  peers none for now: the secret" in shown
+    assert "\x1b" not in shown
+    with agent(runtime, attached(identity), cluster={**away, "problem": None}):
+        assert status.collect(runtime.path)["mounts"][0]["health"] == "ok", "etcd alone is no problem of a mount"
+
+
 def test_a_store_that_does_not_answer_is_a_problem_of_its_mounts(runtime: RuntimeDir, process: int) -> None:
     identity = add_mount(runtime, "/mnt/a", process)
     origin = {

@@ -12,7 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cachefs.cli.options import SETTINGS, Setting
-from cachefs.config import Addressing, Config, Engine, MetadataConfig, S3Config, as_plain, from_plain, split_address
+from cachefs.config import (
+    Addressing,
+    Config,
+    Engine,
+    MetadataConfig,
+    S3Config,
+    as_plain,
+    from_plain,
+    split_address,
+    split_endpoint,
+)
 from tests.support.settings import configs
 
 
@@ -87,3 +97,30 @@ def test_addresses(text: str, expected: tuple[str, int]) -> None:
 def test_what_is_no_address(text: str) -> None:
     with pytest.raises(ValueError, match="is no address"):
         split_address(text)
+
+
+@pytest.mark.parametrize(
+    ("url", "parts"),
+    [
+        ("http://etcd", (False, "etcd", 2379)),
+        ("https://etcd.example:99/", (True, "etcd.example", 99)),
+        ("http://[::1]:5", (False, "::1", 5)),
+        ("http://[fd00:213::2]", (False, "fd00:213::2", 2379)),
+        ("http://10.0.0.1:2379", (False, "10.0.0.1", 2379)),
+    ],
+)
+def test_addresses_of_etcd(url: str, parts: tuple[bool, str, int]) -> None:
+    assert split_endpoint(url) == parts
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "", "etcd:2379", "http://", "http://:2379", "ftp://etcd", "http://etcd:0x10", "http://etcd:99999", "http://[::1",
+        "http://etcd/path", "http://etcd?x=1", "http://etcd#x", "http://fs:hunter2@etcd", "http://a b", "http://a,http://b",
+    ],
+)  # fmt: skip
+def test_what_is_no_address_of_etcd(url: str) -> None:
+    with pytest.raises(ValueError, match="must look like") as refusal:
+        split_endpoint(url)
+    assert "hunter2" not in str(refusal.value)

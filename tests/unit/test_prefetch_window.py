@@ -34,12 +34,13 @@ def test_a_sequential_reader_gets_everything_ahead_in_few_requests() -> None:
     assert max(end - first for first, end in asks) <= 64 * MIB
 
 
-def test_nearly_the_whole_window_is_always_under_way() -> None:
+def test_most_of_the_window_is_always_under_way() -> None:
     window, frontier = ReadWindow(), 0
     for offset in range(0, GIB // 2, MIB):
         ask = window.note(offset, MIB, GIB)
         frontier = frontier if ask is None else ask[1]
-        assert frontier - offset >= window.window * 7 // 8, "the store always has work"
+        least = window.window - min(window.window // 2, PART_BYTES)
+        assert frontier - offset >= least, "the store always has work"
 
 
 @pytest.mark.parametrize("start", [0, 3 * MIB, 5 * MIB + 4096])

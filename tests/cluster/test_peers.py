@@ -63,7 +63,7 @@ def rig(s3_server: S3Server, bucket: Bucket, tmp_path: Path) -> Iterator[Checked
 def test_what_all_nodes_want_at_once_leaves_s3_once(s3_server: S3Server, bucket: Bucket) -> None:
     bodies = {f"part-{number}": content(str(number), 8 * MIB) for number in range(4)} | {"small": content("s", 50_000)}
     bucket.fill(bodies)
-    with Cluster(s3_server, 4) as cluster:
+    with Cluster(s3_server, 8) as cluster:
         mounts = cluster.mount_all(bucket.url)
         cluster.wait_until_joined()
         start = threading.Barrier(len(mounts))
@@ -78,7 +78,7 @@ def test_what_all_nodes_want_at_once_leaves_s3_once(s3_server: S3Server, bucket:
                     assert found == body
                 assert sum(r.sent_bytes for r in cluster.origin.requests if r.key == key) == len(body), key
         assert len(cluster.origin.gets("small")) == 1
-        assert sum(node.counter("peer_fill_bytes") for node in cluster.nodes) >= 3 * sum(map(len, bodies.values()))
+        assert sum(node.counter("peer_fill_bytes") for node in cluster.nodes) >= 7 * sum(map(len, bodies.values()))
 
 
 def test_all_nodes_read_everything_and_s3_gives_it_once(rig: Checked) -> None:

@@ -40,7 +40,7 @@ def test_the_worst_round_counts(tmp_path: Path) -> None:
         results.rounds.append({"alone": figures(), "together": figures(wall_s=wall_s, origin_share=share)})
     results.placement = [{"members": 1000, "lookup_us": 12.0}, {"members": 1000, "lookup_us": 60.0}]
     found = verdicts(results)
-    assert found["wall time against the same without peers"] == ("2.5 x", Verdict.MISSED)
+    assert found["wall time against the same without peers, shards"] == ("2.5 x", Verdict.MISSED)
     assert found["origin bytes, all nodes cold and together, per byte of dataset"] == ("1.2 x", Verdict.MISSED)
     assert found["placement among 1,000 members, per look-up"] == ("60 us", Verdict.MISSED)
     assert "join: no" in full_text(results)

@@ -35,6 +35,8 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from bench.starting import start_on_free_ports
+
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
     from obstore.store import S3Store
@@ -43,7 +45,6 @@ GRPC_OFFSET = 10_000
 START_TIMEOUT_S = 45.0
 # A request that meets the server while it starts may never be answered, and so may one to a stranger on its port.
 PROBE_TIMEOUT_S = 3.0
-START_ATTEMPTS = 3
 REGION = "us-east-1"
 LOOPBACK = "127.0.0.1"
 
@@ -91,18 +92,7 @@ class S3Server:
 
     def __enter__(self) -> Self:
         try:
-            for attempt in range(START_ATTEMPTS):
-                self._ports = _free_ports(4)
-                try:
-                    self._start()
-                except S3ServerError:
-                    # Between choosing the ports and binding them somebody else may have taken one.
-                    if attempt == START_ATTEMPTS - 1:
-                        raise
-                    self._remove(self._sockets())
-                    self._remove([str(self._directory / "objects")])  # it knows the ports too
-                else:
-                    break
+            start_on_free_ports(self._start_anew, S3ServerError)
         except BaseException:
             self.close()
             raise
@@ -110,6 +100,12 @@ class S3Server:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _start_anew(self) -> None:
+        self._remove(self._sockets())  # of a try that failed
+        self._remove([str(self._directory / "objects")])  # it knows the ports too
+        self._ports = _free_ports(4)
+        self._start()
 
     def close(self) -> None:
         """Stop the server and remove its data."""

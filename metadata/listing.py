@@ -108,10 +108,7 @@ class Lister:
         freshness: Freshness,
         run_blocking: RunBlocking,
         nursery: trio.Nursery,
-        elsewhere: PageSource | None = None,
-        age_s: float = 0.0,
     ) -> None:
-        """`elsewhere` gives pages of the same store that may be `age_s` old: they count as asked for so long ago."""
         writer.identity.expect(prefix)
         self._writer = writer
         self._reader = writer.reader
@@ -122,10 +119,12 @@ class Lister:
         self._elsewhere = _Elsewhere()
         self._vanished_at = -math.inf
         self._flights: dict[Ino, _Flight] = {}
-        self.borrow_from(elsewhere, age_s)
 
     def borrow_from(self, elsewhere: PageSource | None, age_s: float) -> None:
-        """Have listings that begin from now on ask `elsewhere` first (None: the store alone), as at the beginning."""
+        """Have listings that begin from now on ask `elsewhere` first (None: the store alone, as at the beginning).
+
+        It gives pages of the same store that may be `age_s` old: they count as asked for so long ago.
+        """
         self._elsewhere = _Elsewhere() if elsewhere is None else _Elsewhere(elsewhere, round(age_s * 1e9))
 
     async def list_directory(self, ino: Ino, seen: bytes | None) -> Progress:

@@ -24,7 +24,7 @@ from peer import wire
 from peer.credentials import PeerCredentials
 from peer.digest import DigestClient
 from peer.incoming import Answer, Broken, Closed, Incoming, TooSlow, read_head
-from peer.leash import Leash, shut
+from peer.leash import Leash, shut, with_notice
 from peer.limits import ClientLimits
 from peer.members import Member
 
@@ -157,7 +157,7 @@ def _connected(peer: Member, credentials: PeerCredentials, limits: ClientLimits,
             return connection
         connection = contexts.client.wrap_socket(connection, do_handshake_on_connect=False)
         leash.holds(connection)
-        _shake_hands(connection, limits, leash)
+        with_notice(connection, connection.do_handshake, leash.due - time.monotonic(), limits.head_s, leash.quiet)
         return connection
     except BaseException as error:
         leash.holds(None)
@@ -189,37 +189,18 @@ def _reached(peer: Member, limits: ClientLimits, leash: Leash) -> socket.socket:
 
 def _connect(connection: socket.socket, place: Any, limits: ClientLimits, leash: Leash) -> None:
     """Connect, and let the leash know when that takes long. Raises OSError."""
-    first_s = max(0.001, min(limits.connect_s, leash.due - time.monotonic()))
-    connection.settimeout(first_s)
-    try:
-        connection.connect(place)
-        return
-    except TimeoutError:
-        if first_s >= limits.connect_s:
-            raise
-    leash.quiet()
-    waiting = select.poll()
-    waiting.register(connection, select.POLLOUT)
-    if not waiting.poll((limits.connect_s - first_s) * 1000):
-        raise TimeoutError("timed out")
-    error = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    if error:
-        raise OSError(error, os.strerror(error))
 
+    def go_on() -> None:
+        waiting = select.poll()
+        waiting.register(connection, select.POLLOUT)
+        if not waiting.poll((connection.gettimeout() or 0.0) * 1000):
+            raise TimeoutError("timed out")
+        error = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            raise OSError(error, os.strerror(error))
 
-def _shake_hands(connection: ssl.SSLSocket, limits: ClientLimits, leash: Leash) -> None:
-    """Do the handshake of TLS, and let the leash know when that takes long. Raises OSError."""
-    first_s = max(0.001, min(limits.head_s, leash.due - time.monotonic()))
-    connection.settimeout(first_s)
-    try:
-        connection.do_handshake()
-        return
-    except TimeoutError:
-        if first_s >= limits.head_s:
-            raise
-    leash.quiet()
-    connection.settimeout(limits.head_s - first_s)
-    connection.do_handshake()
+    notice_s = leash.due - time.monotonic()
+    with_notice(connection, lambda: connection.connect(place), notice_s, limits.connect_s, leash.quiet, go_on)
 
 
 def _reason(error: OSError) -> str:

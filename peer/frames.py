@@ -86,14 +86,6 @@ class Frames:
         self._said_at = trio.current_time()
         self._in_turn = 0
 
-    async def start(self) -> None:
-        """Send the head now. Raises ConnectionLost."""
-        if self._head:
-            head, self._head = self._head, b""
-            await self._stream.send(head)
-        await self._stream.drain()
-        self._said_at = trio.current_time()
-
     async def lent(self, number: int, key: BlockKey, length: int, *, last: bool) -> bool:
         """Send a block that is in memory; False: it is not. `last`: nothing follows. Raises ConnectionLost."""
 
@@ -137,7 +129,9 @@ class Frames:
         if trio.current_time() < due:
             return
         if self._head:
-            await self.start()
+            head, self._head = self._head, b""
+            await self._stream.send(head)
+            self._said_at = trio.current_time()
         else:
             await self.payload(FrameStatus.WAIT, number, last=False)
-            await self._stream.drain()
+        await self._stream.drain()

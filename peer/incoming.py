@@ -14,7 +14,7 @@ import ssl
 import time
 from collections.abc import Mapping
 
-from peer.leash import Leash
+from peer.leash import Leash, with_notice
 
 BUFFER_BYTES = 16 << 10
 DIRECT_BYTES = 4096
@@ -66,7 +66,9 @@ class Incoming:
         if rest_s <= 0:
             raise TooSlow("it took too long")
         try:
-            received = self._wait(place, rest_s)
+            received = with_notice(
+                self._socket, lambda: self._socket.recv_into(place), self._quiet_s, rest_s, self._late
+            )
         except TimeoutError as error:
             raise TooSlow("no answer" if rest_s < self._silence_s else f"silent for {rest_s:.1f} s") from error
         except ssl.SSLError as error:
@@ -77,19 +79,9 @@ class Incoming:
             raise Closed("it closed the connection")
         return received
 
-    def _wait(self, place: memoryview, rest_s: float) -> int:
-        """Raises TimeoutError."""
-        first_s = min(rest_s, self._quiet_s)
-        self._socket.settimeout(first_s)
-        try:
-            return self._socket.recv_into(place)
-        except TimeoutError:
-            if first_s == rest_s:
-                raise
+    def _late(self) -> None:
         self._quiet_s = math.inf
         self._leash.quiet()
-        self._socket.settimeout(rest_s - first_s)
-        return self._socket.recv_into(place)
 
     def _fill(self) -> None:
         if self._start:

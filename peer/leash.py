@@ -9,8 +9,12 @@ from __future__ import annotations
 import math
 import socket
 import threading
+from collections.abc import Callable
+from typing import TypeVar
 
 from peer.breaker import Breaker
+
+T = TypeVar("T")
 
 
 class Leash:
@@ -64,6 +68,30 @@ class Leash:
     def tell(self, breaker: Breaker) -> None:
         """Report on a call that was ended by `pull`: nobody waits for its answer."""
         breaker.abandoned()
+
+
+def with_notice(
+    connection: socket.socket,
+    act: Callable[[], T],
+    notice_s: float,
+    most_s: float,
+    late: Callable[[], None],
+    again: Callable[[], T] | None = None,
+) -> T:
+    """Do what waits for a connection, for `most_s` at the longest, and call `late` when `notice_s` of it are over.
+
+    `again` goes on with what `act` has begun; itself, by default. Raises TimeoutError, and what they raise.
+    """
+    first_s = min(most_s, max(0.001, notice_s))
+    connection.settimeout(first_s)
+    try:
+        return act()
+    except TimeoutError:
+        if first_s >= most_s:
+            raise
+    late()
+    connection.settimeout(most_s - first_s)
+    return (again or act)()
 
 
 def shut(connection: socket.socket) -> None:

@@ -105,7 +105,8 @@ async def test_pages_that_may_be_old_count_as_old(writer, store, nursery):
     """They come from another node, which may have asked the store some seconds ago."""
     store.put("v/a", b"x")
     section = MetadataConfig(metadata_ttl_s=60.0)
-    lister = Lister(writer, GatedStore(), "v", Freshness(section), in_thread, nursery, store, 15.0)
+    lister = Lister(writer, GatedStore(), "v", Freshness(section), in_thread, nursery)
+    lister.borrow_from(store, 15.0)
     progress = await lister.list_directory(ROOT_INO, None)
     assert progress.complete
     assert 44 < progress.valid_s <= 45
@@ -153,7 +154,8 @@ async def test_a_name_that_vanished_is_not_brought_back_by_an_old_page(writer, s
     old.put("v/a", b"x")
     old.put("v/b", b"x")
     section = MetadataConfig(metadata_ttl_s=1.0)
-    lister = Lister(writer, store, "v", Freshness(section), in_thread, nursery, old, 0.25)
+    lister = Lister(writer, store, "v", Freshness(section), in_thread, nursery)
+    lister.borrow_from(old, 0.25)
     resolver = Resolver(writer, store, "v", Freshness(section), in_thread, lister)
     assert (await lister.list_directory(ROOT_INO, None)).complete
     assert (old.pages, store.pages) == ([None], [])
@@ -175,7 +177,8 @@ async def test_a_page_on_its_way_is_asked_for_again_when_a_name_vanishes(writer,
     slow = GatedStore()
     slow.put("v/a", b"x")
     slow.close_gate()
-    lister = Lister(writer, store, "v", Freshness(section), in_thread, nursery, slow, 10.0)
+    lister = Lister(writer, store, "v", Freshness(section), in_thread, nursery)
+    lister.borrow_from(slow, 10.0)
     async with trio.open_nursery() as readers:
         readers.start_soon(lister.list_directory, ROOT_INO, None)
         while not slow.pages:  # noqa: ASYNC110 - a thread changes it

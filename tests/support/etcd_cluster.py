@@ -14,9 +14,10 @@ from typing import Any, Self
 
 import grpc
 
+from bench.starting import start_on_free_ports
 from peer.etcd import etcdrpc
 from peer.etcd_settings import EtcdSettings
-from tests.support.etcd_server import LOOPBACK, START_ATTEMPTS, EtcdServer, EtcdServerError, _free_ports
+from tests.support.etcd_server import LOOPBACK, EtcdServer, EtcdServerError, free_ports
 from tests.support.machine import wait_until
 
 SIZE = 3
@@ -40,20 +41,11 @@ class EtcdMember(EtcdServer):
     def choose_ports(self, taken: set[int]) -> None:
         """Choose ports that no other member has, and add them to `taken`."""
         while True:
-            chosen = _free_ports()
+            chosen = free_ports()
             if taken.isdisjoint(chosen):
                 self.port, self._peer_port = chosen
                 taken.update(chosen)
                 return
-
-    def launch(self) -> None:
-        """Start it and do not wait: alone it cannot answer."""
-        self.kill()
-        self._launch()
-
-    def wait(self) -> None:
-        """Return when it knows a leader. Raises EtcdServerError."""
-        self._wait()
 
     def leads(self) -> bool:
         """Whether it is the leader, as it says itself."""
@@ -80,14 +72,7 @@ class EtcdCluster:
 
     def __enter__(self) -> Self:
         try:
-            for attempt in range(START_ATTEMPTS):
-                try:
-                    self._start()
-                except EtcdServerError:
-                    if attempt == START_ATTEMPTS - 1:  # as in `EtcdServer`: a port may have been taken
-                        raise
-                else:
-                    break
+            start_on_free_ports(self._start, EtcdServerError)
         except BaseException:
             self.close()
             raise
@@ -99,6 +84,7 @@ class EtcdCluster:
     def _start(self) -> None:
         taken: set[int] = set()
         for member in self.members:
+            member.kill()  # of a try that failed
             member.choose_ports(taken)
         for member in self.members:
             member.launch()

@@ -27,12 +27,12 @@ from typing import Any, Self
 
 import grpc
 
+from bench.starting import start_on_free_ports
 from peer.etcd import etcdrpc, open_client
 from peer.etcd_settings import EtcdSettings
 
 LOOPBACK = "127.0.0.1"
 START_TIMEOUT_S = 20.0
-START_ATTEMPTS = 3
 PROBE_S = 0.05
 RELEASE_S = 5.0
 PORTS = range(10_000, 32_000)
@@ -83,16 +83,7 @@ class EtcdServer:
 
     def __enter__(self) -> Self:
         try:
-            for attempt in range(START_ATTEMPTS):
-                self.port, self._peer_port = _free_ports()
-                try:
-                    self._start()
-                except EtcdServerError:
-                    # Between choosing the ports and binding them somebody else may have taken one.
-                    if attempt == START_ATTEMPTS - 1:
-                        raise
-                else:
-                    break
+            start_on_free_ports(self._start_anew, EtcdServerError)
         except BaseException:
             self.close()
             raise
@@ -145,11 +136,16 @@ class EtcdServer:
         """SIGCONT."""
         os.kill(self.pid, signal.SIGCONT)
 
-    def _start(self) -> None:
-        self._launch()
-        self._wait()
+    def _start_anew(self) -> None:
+        self.port, self._peer_port = free_ports()
+        self._start()
 
-    def _launch(self) -> None:
+    def _start(self) -> None:
+        self.launch()
+        self.wait()
+
+    def launch(self) -> None:
+        """Start it and do not wait. It must not run."""
         with (self._directory / "log").open("ab") as log:
             self._guard = subprocess.Popen(
                 ["/bin/sh", "-c", _GUARD, "etcd-guard", str(self._directory), _executable(), *self._arguments()],
@@ -160,7 +156,7 @@ class EtcdServer:
                 start_new_session=True,
             )
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
         """Return when it answers. Raises EtcdServerError."""
         assert self._guard is not None
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -254,7 +250,7 @@ class EtcdServer:
             stub.AuthEnable(etcdrpc.AuthEnableRequest(), 5)
 
 
-def _free_ports() -> tuple[int, int]:
+def free_ports() -> tuple[int, int]:
     """Return ports that are free now, and that no outgoing connection takes while the server is down."""
     while True:
         first, second = random.sample(PORTS, 2)

@@ -364,7 +364,7 @@ class Mount:
         assert done.returncode == 0, f"{done.stderr}\n{self.node.log_text()}"
         assert not self.is_mounted
         if not options:
-            wait_until(lambda: supervisor not in self.node.processes(), END_S, "the mount is let go")
+            self._wait_until_let_go(supervisor)
         return done
 
     def try_umount(self, *options: str) -> subprocess.CompletedProcess[str]:
@@ -382,18 +382,18 @@ class Mount:
             complaint = "`cachefs umount` hangs"
         else:
             if done.returncode == 0 and not self.is_mounted:
-                return self._not_let_go(supervisor)
+                try:
+                    self._wait_until_let_go(supervisor)
+                except AssertionError:
+                    return [f"supervisor {supervisor} of what was unmounted"]
+                return []
             complaint = f"`cachefs umount` failed: {done.stderr.strip()}"
         abort_connections(self.path)
         detach(str(self.path))
         return [complaint]
 
-    def _not_let_go(self, supervisor: int | None) -> list[str]:
+    def _wait_until_let_go(self, supervisor: int | None) -> None:
         """Wait until nobody has the mount any more. A test beside this one that makes a mount name space has a copy of
         it there, and as long as that lives the supervisor serves it, and the agent is needed.
         """
-        try:
-            wait_until(lambda: supervisor not in self.node.processes(), END_S, "the mount is let go")
-        except AssertionError:
-            return [f"supervisor {supervisor} of what was unmounted"]
-        return []
+        wait_until(lambda: supervisor not in self.node.processes(), END_S, "the mount is let go")

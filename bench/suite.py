@@ -134,6 +134,11 @@ def make_site(work: Path, server: S3Server, options: SuiteOptions, say: Callable
     say(f"data set: {options.small_count} x {datasets.SMALL_BYTES} bytes + {options.large_bytes >> 20} MiB")
     dataset = datasets.generate(work / "dataset", small_count=options.small_count, large_bytes=options.large_bytes)
     datasets.upload(dataset, server, BUCKET)
+    return site_of(work, server, dataset)
+
+
+def site_of(work: Path, server: S3Server, dataset: datasets.Dataset) -> Site:
+    """Return where systems find the server and a data set that is in its bucket."""
     return Site(
         work=work,
         dataset=dataset,

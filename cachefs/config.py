@@ -39,12 +39,27 @@ class Engine(enum.StrEnum):
     PYFUSE3 = "pyfuse3"
 
 
+class Prefetch(enum.StrEnum):
+    """Whether files are fetched before somebody opens them (docs/PREFETCH.md)."""
+
+    AUTO = "auto"
+    OFF = "off"
+
+
 class LowLatency(enum.StrEnum):
     """When the wake-up guard holds /dev/cpu_dma_latency."""
 
     AUTO = "auto"
     ALWAYS = "always"
     OFF = "off"
+
+
+class Eviction(enum.StrEnum):
+    """What leaves a full tier first (docs/EVICTION.md)."""
+
+    EPOCH = "epoch"
+    S3FIFO = "s3fifo"
+    LRU = "lru"
 
 
 class LogFormat(enum.StrEnum):
@@ -119,6 +134,11 @@ class CacheConfig:
         "Size of a block (64KiB to 16MiB, a power of two); blocks that are in the cache directory keep theirs.",
         unit="bytes",
     )
+    eviction: Eviction = setting(
+        Eviction.EPOCH,
+        "What leaves a full tier first. epoch: what came last while epochs are read, else what is worth least lately; "
+        "s3fifo: what is worth least lately; lru: what was read least recently.",
+    )
     memory_limit_bytes: int = setting(
         256 * MIB,
         "Most anonymous memory of the agent (the tiers have their own limits; at least 128MiB and 96MiB + 8 blocks).",
@@ -166,6 +186,10 @@ class FuseConfig:
         "Keep idle CPUs awake: auto, while requests are frequent; always; off. Needs /dev/cpu_dma_latency.",
     )
     read_ahead_bytes: int = setting(4 * MIB, "Read-ahead of the kernel for this mount (needs root).", unit="bytes")
+    prefetch: Prefetch = setting(
+        Prefetch.AUTO,
+        "Fetch files before they are opened, when directories are read in a pattern: auto; off, only what is read.",
+    )
     foreground: bool = setting(False, "Stay in the foreground and log to stderr.")
     ready_timeout_s: float = setting(30.0, "How long `cachefs mount` waits for the mount to answer.", unit="duration")
     hang_timeout_s: float = setting(

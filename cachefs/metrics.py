@@ -80,8 +80,23 @@ READAHEAD_BLOCKS = _count("readahead_blocks", "Blocks that were asked for before
 READAHEAD_DROPPED = _count(
     "readahead_dropped", "Readahead blocks that were given up: too many waiting, no room, or the store failed."
 )
+BULK_BATCHES = _count("bulk_batches", "Jobs that fetched many small objects at once, before a reader wanted them.")
+BULK_TAKEN_OVER = _count(
+    "bulk_taken_over", "Blocks of such jobs that a reader wanted before their turn: they were fetched for it at once."
+)
+PREFETCH_ISSUED = _count(
+    "prefetch_issued", "Pieces (small files, heads of large ones) that were fetched before a reader began them."
+)
+PREFETCH_ISSUED_BYTES = _bytes("prefetch_issued_bytes", "Bytes of those pieces.")
+PREFETCH_USED = _count("prefetch_used", "Pieces among them that a reader then began.")
+PREFETCH_USED_BYTES = _bytes("prefetch_used_bytes", "Bytes of those pieces.")
+PREFETCH_WASTED = _count("prefetch_wasted", "Pieces that were evicted, or given up, before a reader began them.")
+PREFETCH_WASTED_BYTES = _bytes("prefetch_wasted_bytes", "Bytes of those pieces.")
+PREFETCH_LATE = _count("prefetch_late", "Pieces that were still on their way when a reader began them.")
+PREFETCH_LATE_BYTES = _bytes("prefetch_late_bytes", "Bytes of those pieces.")
 SPILLS = _count("spills", "Blocks written from the shm tier to the disk tier in the background.")
 SPILL_BYTES = _bytes("spill_bytes", "Bytes of those blocks.")
+SPILLS_DECLINED = _count("spills_declined", "Blocks that the disk tier did not take because it would not keep them.")
 SPILLS_LOST = _count("spills_lost", "Blocks that left the shm tier before the disk tier could take them.")
 
 # The object store, counted around every request (`cachefs.store.retry`).

@@ -167,6 +167,12 @@ class MetadataReader:
         """Return the entries of `listing` alone."""
         return self.listing(ino, after, limit).entries
 
+    def entries_behind(self, ino: Ino, place: bytes, limit: int) -> list[Dentry]:
+        """Return the entries of `listing` behind a sort key (b"": the first ones)."""
+        view = self._view
+        with self._read(view) as txn:
+            return queries.listing(txn, view.tables, ino, place, limit).entries
+
     def names_in(self, ino: Ino, limit: int) -> list[bytes]:
         """Return up to `limit` names that were ever found in a directory, listed or not. Reads as many: BLOCKS."""
         view = self._view

@@ -139,6 +139,25 @@ class PeerClient:
                 yield block.number + 1
             call.answer.end()
 
+    def read_batch(self, peer: Member, request: BatchRequest) -> Iterator[memoryview | None]:
+        """Yield the blocks of a request, in its order: verified bytes, valid until the next one, or None for a block
+        that is not to be had there. Raises PeerUnavailable.
+        """
+        blocks = wire.wanted_blocks(request)
+        place = memoryview(bytearray(max(block.length for block in blocks)))
+        size = sum(block.length for block in blocks)
+        body = wire.encode_batch(request)
+        with self._call(peer, "POST", wire.BLOCKS_PATH, body, size=size, head_s=self._limits.head_s) as call:
+            for block in blocks:
+                head = call.frame(block.number)
+                if head.status is FrameStatus.OK:
+                    self._into(call, head, block, place[: block.length])
+                    yield place[: block.length]
+                else:
+                    call.text(head)
+                    yield None
+            call.answer.end()
+
     def _block(self, call: _Call, block: WantedBlock, count: int, buffer: memoryview) -> None:
         head = call.frame(block.number)
         if head.status is not FrameStatus.OK:
@@ -146,6 +165,9 @@ class PeerClient:
             self._drain(call, range(block.number + 1, count))
             kind = NotHeld if head.status is FrameStatus.ABSENT else PeerUnavailable
             raise kind(f"{call.peer.name}: {text or 'it does not have the block'}")
+        self._into(call, head, block, buffer)
+
+    def _into(self, call: _Call, head: FrameHead, block: WantedBlock, buffer: memoryview) -> None:
         if head.length != block.length:
             raise Broken(f"a block of {head.length} bytes where {block.length} belong")
         if not call.payload(head, buffer):

@@ -10,7 +10,7 @@ from cachefs.store.port import ListPage
 from cachefs.types import BlockKey, ObjectId, ObjectVersion
 from peer.leash import Leash
 from peer.members import Member
-from peer.wire import BlockRequest, ListingRequest
+from peer.wire import BatchRequest, BlockRequest, ListingRequest
 
 Fetched = Callable[["Mapping[int, bytes | None] | Exception"], None]
 """Gets, by index, the blocks that were brought: their bytes, or None when they are to be found in the tiers."""
@@ -80,6 +80,12 @@ class Asks(Protocol):
         `leash` hears when the call gets nowhere, and can end it.
 
         Raises: NotHeld when a block is not there and was only asked for if it is; PeerUnavailable for anything else.
+        """
+        ...
+
+    def read_batch(self, peer: Member, request: BatchRequest) -> Iterator[memoryview | None]:
+        """Yield the blocks of a request, in its order: verified bytes, valid until the next one, or None for a block
+        that is not to be had there. Raises PeerUnavailable.
         """
         ...
 

@@ -22,10 +22,11 @@ from dataclasses import dataclass
 
 from cachefs import metrics
 from cachefs.metrics import Counters
-from cachefs.store.port import ObjectStore
+from cachefs.store.port import BulkStore, Orders
 from cachefs.types import ObjectId, ObjectVersion, Tier, object_id
 from peer.hedge import HedgeRoom, Hedges, Race
 from peer.leash import Leash
+from peer.many import ManyReads
 from peer.members import PEER_PROTOCOL, Member, View
 from peer.placement import LEVELS, Candidates, Ring, unit_of
 from peer.ports import Asks
@@ -82,7 +83,9 @@ class Neighbours:
 
 
 @dataclass(frozen=True, slots=True)
-class _Question:
+class Question:
+    """Whom to ask, and how."""
+
     member: Member
     only_cached: bool
 
@@ -94,9 +97,7 @@ class PeerSource:
     (`Candidates.level`). Who waits in one of them waits for a lower one of another node, in the lowest for the store.
     """
 
-    def __init__(
-        self, volume: str, store: ObjectStore, neighbours: Neighbours, max_requests: Callable[[], int]
-    ) -> None:
+    def __init__(self, volume: str, store: BulkStore, neighbours: Neighbours, max_requests: Callable[[], int]) -> None:
         """`volume`: its name among peers."""
         self.volume = volume
         self.store = store
@@ -125,6 +126,17 @@ class PeerSource:
     ) -> Iterator[tuple[int, Tier]]:
         """See `BlockSource.read_blocks`."""
         return self.route(version, start).read_blocks(version, start, buffers)
+
+    def read_many(self, versions: Sequence[ObjectVersion], orders: Orders) -> None:
+        """See `BlockSource.read_many`."""
+        ManyReads(self, versions, orders).run()
+
+    def questions(self, candidates: Candidates) -> Iterator[Question]:
+        """Yield whom to ask, in this order, before the store."""
+        for member in candidates.before:
+            yield Question(member, only_cached=False)
+        if candidates.is_owner and candidates.after is not None and self.doubts.worth_a_try(candidates.after):
+            yield Question(candidates.after, only_cached=True)
 
     def object_id(self, version: ObjectVersion) -> ObjectId:
         """Return the identity of a version's blocks."""
@@ -161,6 +173,10 @@ class _Route:
         """See `BlockSource.read_blocks`."""
         return _Reading(self._source, version, start, buffers).blocks()
 
+    def read_many(self, versions: Sequence[ObjectVersion], orders: Orders) -> None:
+        """See `BlockSource.read_many`."""
+        self._source.read_many(versions, orders)
+
 
 class _Reading:
     """One range on its way: what is wanted, whom to ask, and how far it has come.
@@ -178,15 +194,9 @@ class _Reading:
         self._first = start // source.neighbours.block_size
         candidates = source.candidates(self._oid, start)
         self._owned = candidates.is_owner
-        self._questions = list(self._questions_for(candidates))
+        self._questions = list(source.questions(candidates))
         self._done = 0
         """So many buffers are full."""
-
-    def _questions_for(self, candidates: Candidates) -> Iterator[_Question]:
-        for member in candidates.before:
-            yield _Question(member, only_cached=False)
-        if candidates.is_owner and candidates.after is not None and self._source.doubts.worth_a_try(candidates.after):
-            yield _Question(candidates.after, only_cached=True)
 
     def blocks(self) -> Iterator[tuple[int, Tier]]:
         """See `BlockSource.read_blocks`."""
@@ -207,7 +217,7 @@ class _Reading:
             self._counters.add(metrics.PEER_OWNED_FILL_BYTES.name, len(self._buffers[done - 1]))
         return done, Tier.ORIGIN
 
-    def _from_peer(self, question: _Question) -> Iterator[tuple[int, Tier]]:
+    def _from_peer(self, question: Question) -> Iterator[tuple[int, Tier]]:
         """Take what this node gives, and what another source gives first when this one is late."""
         before, rest = self._done, self._buffers[self._done :]
         beside = functools.partial(self._beside, before, tuple(self._questions))
@@ -233,7 +243,7 @@ class _Reading:
             race.close()
 
     def _beside(
-        self, before: int, questions: Sequence[_Question], index: int, block: memoryview, leash: Leash, straight: bool
+        self, before: int, questions: Sequence[Question], index: int, block: memoryview, leash: Leash, straight: bool
     ) -> tuple[Tier, int]:
         """See `peer.hedge.Beside`; `before`: so many buffers were full when the first question was asked."""
         number = before + index
@@ -249,7 +259,7 @@ class _Reading:
             pass
         return Tier.ORIGIN, len(questions)
 
-    def _ask(self, question: _Question, number: int, buffers: Sequence[memoryview], leash: Leash) -> Iterator[int]:
+    def _ask(self, question: Question, number: int, buffers: Sequence[memoryview], leash: Leash) -> Iterator[int]:
         """Yield how many of these buffers are full, as far as this node gives them. `number`: of the first of them.
 
         Raises PeerSlow, nothing else.

@@ -25,21 +25,24 @@ import trio
 from cachefs import __version__, errors
 from cachefs.agent import inheritance
 from cachefs.agent.crash_guard import CrashGuard
+from cachefs.agent.instructions import Instructions
 from cachefs.agent.memory import anonymous_bytes, give_back, tune_allocator
 from cachefs.agent.peers import Peers
 from cachefs.agent.places import AgentPaths, is_own
+from cachefs.agent.prefetching import Prefetching
 from cachefs.agent.presence import AlreadyRunning, Presence
 from cachefs.agent.report import Report
 from cachefs.agent.server import Server
 from cachefs.agent.volumes import Volumes
 from cachefs.block.block_cache import BlockCache
 from cachefs.block.lmdb_tier import TierWriter
+from cachefs.block.policies.choice import policy_maker
 from cachefs.block.tier_opening import settled_block_size
 from cachefs.config import CacheConfig, LogConfig, PeerConfig, from_plain
 from cachefs.logs import configure
 from cachefs.metrics import Counters
 from cachefs.mount.journal import shorten_stderr
-from cachefs.runtime import own_directory
+from cachefs.runtime import RuntimeDir, own_directory
 from cachefs.types import Tier
 from metadata.room import MetadataFull
 from metadata.store import MetadataWriter
@@ -131,13 +134,21 @@ class Agent:
                 except errors.CachefsError as error:
                     refused = error  # a nursery would put it into a group
                     nursery.cancel_scope.cancel()
+                prefetching = Prefetching(cache, self._counters, nursery)
+                told = Instructions(
+                    cache, (shm, disk), volumes, self._counters, paths, RuntimeDir(self._config.runtime_dir),
+                    prefetching.follow, peers.volumes_changed, nursery,
+                )  # fmt: skip
+                await told.start()
                 server = Server(
                     cache, volumes, self._config.block_size_bytes, None if shm is None else str(paths.shm),
                     None if disk is None else str(paths.disk),
-                    lambda ask_peers: {**alone(), "cluster": peers.status(ask=ask_peers)},
-                    self._stopped.set, peers.volumes_changed,
+                    lambda ask_peers: {**alone(), "cluster": peers.status(ask=ask_peers), **told.status()},
+                    self._stopped.set, told.mounts_changed, told.errands,
                 )  # fmt: skip
+                server.begun = prefetching.note
                 await trio.lowlevel.checkpoint()
+                nursery.start_soon(prefetching.run)
                 nursery.start_soon(self._presence.serve, server.serve, nursery)
                 nursery.start_soon(self._keep_house, cache, disk, volumes)
                 nursery.start_soon(self._watch_idle, server, volumes)
@@ -249,6 +260,7 @@ class Agent:
                 limit_bytes=limit_bytes,
                 block_size=self._config.block_size_bytes,
                 counters=self._counters,
+                policy=policy_maker(self._config.eviction),
                 patient=True,
             )
         except (errors.TierUnavailable, OSError) as error:

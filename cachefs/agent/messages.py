@@ -76,6 +76,8 @@ class Attached(Message, frozen=True):
     """Directory of the disk tier's LMDB environment; None while the tier is off."""
     shm_limit_bytes: int = 0
     """How large the shm tier may become."""
+    begun: bool = False
+    """Whether this agent understands `Begun`."""
     notices: list[str] = []
     """For the person who mounts: settings that this agent does not follow because another mount started it."""
 
@@ -133,6 +135,15 @@ class Readahead(Message, frozen=True):
     count: int
 
 
+class Begun(Message, frozen=True):
+    """Files that readers began to read, also when the tiers answered: what the prefetcher learns from. No reply; only
+    for agents that say `Attached.begun`.
+    """
+
+    files: list[tuple[int, int]]
+    """(inode number, block of the first read)."""
+
+
 class Cached(Message, frozen=True):
     """Reply: `CachedBlocks`."""
 
@@ -188,6 +199,74 @@ class Stop(Message, frozen=True):
     force: bool = False
 
 
+class Work(Message, frozen=True):
+    """Begin a job (`cachefs.agent.jobs`) on files of a mount. Reply: `JobState` again and again until it is over.
+
+    It ends with the connection, unless it runs in the background: then the first reply comes when all paths are known.
+    """
+
+    id: int
+    mount_id: str
+    verb: str
+    """warm, check, evict or pin."""
+    force: bool = False
+    """Also more than the tiers can hold."""
+    background: bool = False
+    for_s: float = 0.0
+    """For how long to pin; 0: for ever."""
+
+
+class Paths(Message, frozen=True):
+    """More of what a job of this connection is to work on. Reply: `Done` when it can take more."""
+
+    id: int
+    job: str
+    paths: list[bytes]
+    """Relative to the root of the mount; b"" is the root."""
+    last: bool = False
+
+
+class Proceed(Message, frozen=True):
+    """A job that waits for consent gets it. Reply: `Done`."""
+
+    id: int
+    job: str
+
+
+class StopJob(Message, frozen=True):
+    """Reply: `Done` when the job is over."""
+
+    id: int
+    job: str
+
+
+class Pins(Message, frozen=True):
+    """Reply: `PinList`."""
+
+    id: int
+
+
+class Unpin(Message, frozen=True):
+    """Reply: `PinList`, of what was unpinned. No path: everything of the mount."""
+
+    id: int
+    mount_id: str
+    paths: list[bytes]
+
+
+class JobState(Message, frozen=True):
+    """How far a job has come (see docs/STATUS.md)."""
+
+    id: int
+    job: dict[str, Any]
+    over: bool = False
+
+
+class PinList(Message, frozen=True):
+    id: int
+    pins: list[dict[str, Any]]
+
+
 class Done(Message, frozen=True):
     id: int
 
@@ -200,5 +279,21 @@ class Failure(Message, frozen=True):
     text: str
 
 
-Request = Attach | Resolve | ListDirectory | Fill | Readahead | Cached | Counters | Touched | Status | Ping | Stop
-Answer = Attached | Resolved | Listed | Filled | CachedBlocks | StatusReply | Done | Failure
+Errand = Work | Paths | Proceed | StopJob | Pins | Unpin
+"""What commands ask for (`cachefs.agent.errands`)."""
+Request = (
+    Attach
+    | Resolve
+    | ListDirectory
+    | Fill
+    | Readahead
+    | Begun
+    | Cached
+    | Counters
+    | Touched
+    | Status
+    | Ping
+    | Stop
+    | Errand
+)
+Answer = Attached | Resolved | Listed | Filled | CachedBlocks | StatusReply | JobState | PinList | Done | Failure

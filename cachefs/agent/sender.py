@@ -51,6 +51,11 @@ class Sender:
             return False
         return True
 
+    @property
+    def idle(self) -> bool:
+        """Whether the socket has taken everything."""
+        return not self._left
+
     async def deliver(self, frame: bytes | bytearray) -> None:
         """Send a frame and wait until the socket has taken all of it, or the stream broke."""
         if self.send(frame):

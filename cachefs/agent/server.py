@@ -11,13 +11,14 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 import trio
 
 from cachefs import __version__, errors
 from cachefs.agent import framing, messages
+from cachefs.agent.errands import Errands
 from cachefs.agent.sender import Sender
 from cachefs.agent.volumes import AttachedMount, FileVersion, Volume, Volumes
 from cachefs.block.block_cache import BlockCache, Priority
@@ -43,6 +44,7 @@ class Server:
         status: Callable[[bool], dict[str, Any]],
         stop: Callable[[], None],
         mounts_changed: Callable[[], object] = lambda: None,
+        errands: Errands | None = None,
     ) -> None:
         """`status` gets whether other nodes are to be asked as well."""
         self.cache = cache
@@ -53,7 +55,10 @@ class Server:
         self.status = status
         self.stop = stop
         self.mounts_changed = mounts_changed
+        self.errands = errands
         self._token = trio.lowlevel.current_trio_token()
+        self.begun: Callable[[Volume, Sequence[tuple[int, int]]], None] | None = None
+        """Who wants to know which files readers begin: (inode number, block); None: nobody."""
         self.touched_at = time.monotonic()
         self.connections = 0
         """Open ones: a mount that is still being checked is not attached, and yet needs this agent."""
@@ -111,6 +116,11 @@ class _Connection:
     def _reply(self, answer: messages.Answer) -> None:
         self._sender.send(framing.encode(answer))
 
+    def _tell(self, answer: messages.Answer) -> None:
+        """Say how far something is, unless the other side has not even read what was said before."""
+        if self._sender.idle:
+            self._reply(answer)
+
     def _take(self, request: messages.Request) -> None:
         """Handle one message; what has to wait gets its own task."""
         match request:
@@ -118,6 +128,9 @@ class _Connection:
                 self._start_fill(request)
             case messages.Readahead():
                 self._start_readahead(request)
+            case messages.Begun():
+                if self.volume is not None and self._server.begun is not None:
+                    self._server.begun(self.volume, request.files)
             case messages.Touched():
                 keys = [BlockKey(key) for key in request.keys]
                 self._server.cache.touch(keys, request.disk_hits, request.disk_hit_bytes)
@@ -138,6 +151,9 @@ class _Connection:
                 self._reply(messages.Done(id=request.id))
             case messages.Stop():
                 self._answer(request.id, self._stop(request))
+            case _:
+                if self._server.errands is not None:
+                    self._answer(request.id, self._server.errands.answer(request, self._tell))
 
     def _answer(self, identity: int, work: Coroutine[Any, Any, messages.Answer]) -> None:
         if self._nursery is None:
@@ -182,6 +198,7 @@ class _Connection:
             shm_path=self._server.shm_path,
             disk_path=self._server.disk_path,
             shm_limit_bytes=self._server.cache.shm_limit_bytes,
+            begun=self._server.begun is not None,
             metadata_path=volume.writer.path,
             volume_id=volume.volume_id,
             endpoint=volume.store.endpoint,

@@ -15,7 +15,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,12 +24,13 @@ import trio
 import xxhash
 
 from cachefs import errors
+from cachefs.agent.current_store import CurrentStore
 from cachefs.block.ports import BlockSource
 from cachefs.config import CacheConfig, MetadataConfig, PeerConfig, S3Config, from_plain
 from cachefs.store.open import open_store, parse_source
-from cachefs.store.port import ListPage, ObjectInfo, ObjectStore
+from cachefs.store.port import ObjectStore
 from cachefs.store.retry import RetryingStore
-from cachefs.types import FileKind, Ino, ObjectId, ObjectVersion, Tier, block_count, object_id
+from cachefs.types import FileKind, Ino, ObjectId, ObjectVersion, block_count, object_id
 from metadata import custody, disuse
 from metadata.freshness import Freshness
 from metadata.listing import Lister, PageSource
@@ -38,6 +39,8 @@ from metadata.resolver import Resolver
 from metadata.room import AHEAD, MakeRoom, MetadataFull
 from metadata.store import MetadataWriter
 from metadata.volume import VolumeIdentity
+
+__all__ = ["AttachedMount", "CurrentStore", "FileVersion", "MakeSources", "Sources", "Volume", "Volumes"]
 
 log = logging.getLogger(__name__)
 
@@ -57,68 +60,6 @@ class FileVersion:
     version: ObjectVersion
     oid: ObjectId
     blocks: int
-
-
-class CurrentStore:
-    """An ObjectStore that passes every call to the store with the newest credentials."""
-
-    def __init__(self, store: RetryingStore) -> None:
-        self.now = store
-
-    @property
-    def endpoint(self) -> str:
-        """See `ObjectStore.endpoint`."""
-        return self.now.endpoint
-
-    @property
-    def bucket(self) -> str:
-        """See `ObjectStore.bucket`."""
-        return self.now.bucket
-
-    @property
-    def max_requests(self) -> int:
-        """See `BlockSource.max_requests`."""
-        return self.now.max_requests
-
-    @property
-    def spread(self) -> bool:
-        """See `BlockSource.spread`."""
-        return True
-
-    def check(self, prefix: str) -> None:
-        """See `ObjectStore.check`."""
-        self.now.check(prefix)
-
-    def get_range(self, version: ObjectVersion, start: int, length: int) -> bytes | memoryview:
-        """See `ObjectStore.get_range`."""
-        return self.now.get_range(version, start, length)
-
-    def read_into(self, version: ObjectVersion, start: int, buffers: Sequence[memoryview]) -> Iterator[int]:
-        """See `ObjectStore.read_into`."""
-        return self.now.read_into(version, start, buffers)
-
-    def route(self, version: ObjectVersion, start: int) -> CurrentStore:
-        """See `BlockSource.route`."""
-        return self
-
-    def read_blocks(
-        self, version: ObjectVersion, start: int, buffers: Sequence[memoryview]
-    ) -> Iterator[tuple[int, Tier]]:
-        """See `BlockSource.read_blocks`."""
-        for count in self.now.read_into(version, start, buffers):
-            yield count, Tier.ORIGIN
-
-    def head(self, key: str) -> ObjectInfo:
-        """See `ObjectStore.head`."""
-        return self.now.head(key)
-
-    def list_page(self, prefix: str, *, delimiter: str = "/", token: str | None = None, limit: int = 1000) -> ListPage:
-        """See `ObjectStore.list_page`."""
-        return self.now.list_page(prefix, delimiter=delimiter, token=token, limit=limit)
-
-    def close(self) -> None:
-        """See `ObjectStore.close`."""
-        self.now.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +109,7 @@ class Volume:
         self.prefix = prefix
         self.store = store
         self.writer = writer
+        self.freshness = freshness
         self._sources = sources
         self.lister = Lister(writer, store, prefix, freshness, run_blocking, nursery)
         self.renew_sources()

@@ -1,6 +1,6 @@
 """The agent's block cache: finds each block in the nearest place that has it and brings it into the shm tier.
 
-    shm tier -> disk tier (read in threads, promoted to shm) -> source (the store, later peers)
+    shm tier -> disk tier (read in threads, promoted to shm) -> source (the store, or peers before it)
 
 A *flight* is the one fill of a block that is under way: whoever wants the block waits for it (single flight).
 Flights are grouped into *jobs* (neighbouring blocks in one range read) that run in two lanes of threads, `disk` and
@@ -12,19 +12,15 @@ in (one thread change per fill, one transaction per MiB), then queued for the di
 that cannot take a block is not an error: the bytes are handed over with the answer. As long as that is so (`carries`)
 whoever asks takes room in `carriage` first, and holds it until the answer was sent.
 
-INVARIANTS
-* `_flights` holds exactly the blocks of unfinished jobs. It is changed in the trio thread only, and never across an
-  await.
-* A flight is ended by the thread of its job when its block is there, by the trio thread when it is not; its outcome is
-  written before.
-* Errors of the source reach all who wait for the block, and are not kept.
+The flights and their jobs are in `cachefs.block.jobs`; what nobody waits for yet is asked for by `cachefs.block.bulk`.
+
+INVARIANT: nothing here waits between looking for a block and having a flight for it, so no block is fetched twice.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
 from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, Self
@@ -32,22 +28,23 @@ from typing import Any, Self
 import trio
 
 from cachefs import errors, metrics
-from cachefs.block.block_moves import BlockMover
-from cachefs.block.budget import CARRIED_TIMES, LEAST_BUDGET, REQUEST_BYTES, Budget
+from cachefs.block.budget import CARRIED_TIMES, Budget
+from cachefs.block.bulk import Bulk, Done
 from cachefs.block.carriage import Carriage
 from cachefs.block.flights import Answer, Filled, Flight, Waiting, ranges_of
-from cachefs.block.lane import Job, Lane, Priority
+from cachefs.block.jobs import Jobs
+from cachefs.block.lane import Priority
 from cachefs.block.lmdb_tier import TierWriter
 from cachefs.block.ports import BlockSource
-from cachefs.block.spill import Spiller
+from cachefs.block.tier_figures import describe_tiers
 from cachefs.metrics import Counters
+from cachefs.prefetch.ports import Piece
 from cachefs.types import BlockKey, ObjectId, ObjectVersion, Tier, block_count, block_key
 
 __all__ = ["BlockCache", "Filled", "Priority"]
 
 log = logging.getLogger(__name__)
 
-DISK_THREADS = 8
 MAX_WAITING_READAHEAD = 256
 REPORTED_S = 1.0
 MAINTENANCE_S = 3.0
@@ -71,14 +68,16 @@ class BlockCache:
         self._counters = counters
         self._budget = Budget.create(memory_limit_bytes, block_size, has_shm=shm is not None)
         self.carriage = Carriage(self._budget.carrying)
-        self._flights: dict[BlockKey, Flight] = {}
-        self._quiet_since = -math.inf
-        self._spiller: Spiller | None = None
-        if shm is not None and disk is not None:
-            self._spiller = Spiller(shm, disk, counters, lambda: math.inf if self._flights else self._quiet_since)
-        self._mover = BlockMover(
-            shm, disk, None if self._spiller is None else self._spiller.demote, block_size, counters
+        self._jobs = Jobs(shm, disk, block_size, self._budget.fetching, counters)
+        self._bulk = Bulk(
+            self._jobs,
+            has=self.has,
+            keeps=lambda: self._open and self._keeps,
+            take_off=lambda oid, version, source, indexes: self._take_off(
+                oid, version, source, indexes, False, Priority.PREFETCH
+            )[0],
         )
+        self._flights, self._mover, self._spiller = self._jobs.flights, self._jobs.mover, self._jobs.spiller
         self._stack = AsyncExitStack()
         self._threads = trio.CapacityLimiter(4)
         self._payload_threads = trio.CapacityLimiter(4)
@@ -92,9 +91,7 @@ class BlockCache:
         self._token = trio.lowlevel.current_trio_token()
         nursery = await self._stack.enter_async_context(trio.open_nursery())
         self._nursery = nursery
-        self._origin_lane = Lane(budget_bytes=self._budget.fetching)
-        self._disk_lane = Lane(budget_bytes=1 << 62)
-        self._disk_threads = max(1, min(DISK_THREADS, LEAST_BUDGET // (2 * self.block_size)))
+        self._jobs.open()
         if self._spiller is not None:
             await self._spiller.adopt()
             nursery.start_soon(self._spiller.run)
@@ -104,11 +101,10 @@ class BlockCache:
 
     async def __aexit__(self, *exc: object) -> None:
         self._open = False
-        self._origin_lane.close()
-        self._disk_lane.close()
+        self._jobs.close()
         self._nursery.cancel_scope.cancel()
         await self._stack.aclose()
-        self._land(list(self._flights.values()), errors.AgentUnavailable("the agent is stopping"))
+        self._jobs.land(list(self._flights.values()), errors.AgentUnavailable("the agent is stopping"))
         if self.flush_at_exit and self._spiller is not None:
             with trio.CancelScope(shield=True):
                 await self._spiller.adopt()  # also what jobs have committed that were not waited for
@@ -180,6 +176,14 @@ class BlockCache:
             flight.watch(waiting)
         waiting()
 
+    def prefetch(self, pieces: Sequence[Piece], source: BlockSource, done: Done) -> None:
+        """Bring what is in no tier and not under way, behind all readers; small objects many at a time.
+
+        Calls `done` once, when all of them are over, from the event loop (never before this returns). Never raises.
+        What is asked for is taken up at once, so whoever has much to ask for asks again when `done` is called.
+        """
+        self._bulk.prefetch(pieces, source, done)
+
     async def _with_payloads(
         self, oid: ObjectId, version: ObjectVersion, source: BlockSource, filled: list[Filled]
     ) -> list[Filled]:
@@ -232,7 +236,7 @@ class BlockCache:
         if disk_hits:
             self._counters.add(metrics.DISK_HITS.name, disk_hits)
             self._counters.add(metrics.DISK_HIT_BYTES.name, disk_hit_bytes)
-        self._quiet_since = trio.current_time() + REPORTED_S
+        self._jobs.quiet_since = trio.current_time() + REPORTED_S
         known = [BlockKey(key) for key in keys]
         for tier in (self._shm, self._disk):
             if tier is not None:
@@ -250,21 +254,14 @@ class BlockCache:
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """Return "shm" and "disk" (state, used_bytes, limit_bytes, blocks and the tier's counts) and "fills"."""
-        off = {"state": "off", "used_bytes": 0, "limit_bytes": 0, "blocks": 0}
-        counts = self._counters.snapshot()
-        tiers: dict[str, dict[str, Any]] = {}
-        for name, tier in ((Tier.SHM, self._shm), (Tier.DISK, self._disk)):
-            state = dict(off) if tier is None else tier.stats()
-            for count in ("hits", "misses", "evictions", "corrupt", "faults"):
-                state[count] = counts.get(f"{name}_{count}", 0)
-            tiers[str(name)] = state
+        tiers = describe_tiers(((Tier.SHM, self._shm), (Tier.DISK, self._disk)), self._counters)
         tiers["disk"]["spill_pending"] = 0 if self._spiller is None else len(self._spiller)
         tiers["fills"] = {
             "under_way": len(self._flights),
-            "held_bytes": self._origin_lane.held_bytes + self.carriage.held_bytes,
+            "held_bytes": self._jobs.origin.held_bytes + self.carriage.held_bytes,
             "budget_bytes": self._budget.whole,
-            "origin": counts.get(metrics.ORIGIN_FILLS.name, 0),
-            "inline": counts.get(metrics.FILLS_INLINE.name, 0),
+            "origin": self._counters.get(metrics.ORIGIN_FILLS.name),
+            "inline": self._counters.get(metrics.FILLS_INLINE.name),
         }
         return tiers
 
@@ -290,29 +287,32 @@ class BlockCache:
             flight = self._flights.get(key)
             if flight is not None and not (inline and flight.lost and self.has(key) is None):
                 flights.append(self._join(flight, inline, priority))
+                if priority is Priority.DEMAND and flight.batch is not None and flight.batch.want(flight):
+                    self._jobs.fetch(version, source, [flight], priority)
                 continue
             place = self.has(key)
             if place is Tier.SHM:
                 ready.append(Filled(index, Tier.SHM, None))
                 continue
-            if place is Tier.DISK and priority is Priority.READAHEAD and not self._mover.in_shm:
+            if place is Tier.DISK and not (priority is Priority.DEMAND or self._mover.in_shm):
                 continue  # it is as near as it can come
+            if place is Tier.DISK and priority is Priority.PREFETCH:
+                continue  # near enough
             wanted = priority is Priority.DEMAND
             flight = Flight(key, index, self._mover.length(version, index), inline=inline, wanted=wanted)
             (from_disk if place is Tier.DISK else from_origin).append(flight)
         if priority is Priority.READAHEAD:
             self._counters.add(metrics.READAHEAD_BLOCKS.name, len(from_disk) + len(from_origin))
-            waiting = self._origin_lane.waiting_readahead(line) + self._disk_lane.waiting_readahead(None)
+            waiting = self._jobs.origin.waiting_readahead(line) + self._jobs.disk.waiting_readahead(None)
             if waiting > MAX_WAITING_READAHEAD:
                 self._counters.add(metrics.READAHEAD_DROPPED.name, len(from_disk) + len(from_origin))
                 return flights, ready
         for flight in (*from_disk, *from_origin):
             self._flights[flight.key] = flight
-        for group in ranges_of(from_disk, self.block_size, self._origin_lane.under_way(line)):
-            self._promote(version, source, group, priority)
-        for group in ranges_of(from_origin, self.block_size, self._origin_lane.under_way(line), spread=line.spread):
-            self._fetch(version, source, group, priority)
-        if ready:
+        for group in ranges_of(from_disk, self.block_size, self._jobs.origin.under_way(line)):
+            self._jobs.promote(version, source, group, priority)
+        self._jobs.fetch_all(version, source, from_origin, priority)
+        if ready and priority is not Priority.PREFETCH:
             self.touch([block_key(oid, block.index) for block in ready])
         return flights + from_disk + from_origin, ready
 
@@ -320,79 +320,9 @@ class BlockCache:
         self._counters.add(metrics.FILLS_JOINED.name)
         flight.inline = flight.inline or inline
         flight.wanted = flight.wanted or priority is Priority.DEMAND
-        if priority is Priority.DEMAND and flight.job is not None and flight.lane is not None:
-            flight.lane.promote(flight.job)
+        if flight.job is not None and flight.lane is not None:
+            flight.lane.promote(flight.job, priority)
         return flight
-
-    def _land(self, flights: Sequence[Flight], error: Exception | None = None) -> None:
-        """End flights: everybody who still waits goes on."""
-        for flight in flights:
-            if self._flights.get(flight.key) is flight:
-                del self._flights[flight.key]
-            if not flight.over:
-                flight.error = error
-                flight.end()
-            flight.job = flight.lane = None  # a circle would keep the bytes until somebody collects garbage
-
-    # -- jobs ----------------------------------------------------------------------------------------------------------
-
-    def _submit(self, lane: Lane, flights: list[Flight], job: Job, source: BlockSource | None, slots: int) -> None:
-        for flight in flights:
-            flight.job, flight.lane = job, lane
-        lane.submit(job, source, slots)
-
-    def _promote(self, version: ObjectVersion, source: BlockSource, flights: list[Flight], priority: Priority) -> None:
-        """Bring blocks from the disk tier into the shm tier; those that are not good there come from the source."""
-
-        def work() -> None:
-            for flight in flights:
-                self._mover.promote(flight)
-
-        def finished(error: Exception | None, priority: Priority) -> None:
-            left = [flight for flight in flights if not flight.over]
-            if error is not None:
-                log.error("reading from the disk tier failed in an unknown way", exc_info=error)
-            self._land([flight for flight in flights if flight.over])
-            if priority is Priority.DEMAND:
-                self._quiet_since = trio.current_time()
-            # One bad block beside a good one leaves a gap, and a range has none: each group of neighbours by itself.
-            line = source.route(version, flights[0].index * self.block_size)
-            for group in ranges_of(left, self.block_size, self._origin_lane.under_way(line), spread=line.spread):
-                self._fetch(version, source, group, priority)
-
-        job = Job(work, finished, sum(flight.length for flight in flights), priority)
-        self._submit(self._disk_lane, flights, job, None, self._disk_threads)
-
-    def _fetch(self, version: ObjectVersion, source: BlockSource, flights: list[Flight], priority: Priority) -> None:
-        """Bring blocks from the source into the shm tier, else into the disk tier."""
-        source = source.route(version, flights[0].index * self.block_size)
-        in_shm_only: list[BlockKey] = []
-
-        def work() -> None:
-            self._mover.fetch(version, source, flights, in_shm_only)
-
-        def finished(error: Exception | None, priority: Priority) -> None:
-            if error is not None:
-                error = self._source_error(error, [flight for flight in flights if not flight.over], priority)
-            self._land(flights, error)
-            if priority is Priority.DEMAND:
-                self._quiet_since = trio.current_time()
-            if in_shm_only and self._spiller is not None:
-                self._spiller.add(in_shm_only)
-
-        job = Job(work, finished, self._mover.memory(flights) + REQUEST_BYTES, priority)
-        self._submit(self._origin_lane, flights, job, source, source.max_requests)
-
-    def _source_error(self, error: Exception, flights: list[Flight], priority: Priority) -> Exception:
-        self._counters.add(metrics.ORIGIN_FILL_ERRORS.name, len(flights))
-        if priority is Priority.READAHEAD:
-            self._counters.add(metrics.READAHEAD_DROPPED.name, len(flights))
-        if isinstance(error, errors.CachefsError):
-            return error
-        log.error("a source of blocks failed in an unknown way", exc_info=error)
-        unknown = errors.StorageUnavailable(f"reading failed: {error!r}", retryable=False)
-        unknown.__cause__ = error
-        return unknown
 
     # -- background ----------------------------------------------------------------------------------------------------
 

@@ -137,7 +137,7 @@ class BlockMover:
             self._counters.add(metrics.DISK_HITS.name)
             self._counters.add(metrics.DISK_HIT_BYTES.name, flight.length)
             self._disk.touch([flight.key])
-            stored = self._into_shm([(flight.key, value)])
+            stored = self._into_shm([(flight.key, value)], ahead=not flight.wanted)
             flight.source = Tier.DISK
             self._end(flight, value, stored=stored)
 
@@ -174,6 +174,10 @@ class BlockMover:
         """Commit blocks that are complete, and let whoever asks have them from now on."""
         for flight, value in zip(flights, values, strict=True):
             value[: codec.HEADER_SIZE] = codec.encode_header(value[codec.HEADER_SIZE :], flight.key)
+        self.keep(flights, values, in_shm_only)
+
+    def keep(self, flights: Sequence[Flight], values: Sequence[Bytes], in_shm_only: list[BlockKey]) -> None:
+        """Commit stored values that came from `Flight.source`, and end their flights."""
         for tier, blocks_, bytes_ in (
             (Tier.PEER, metrics.PEER_FILLS, metrics.PEER_FILL_BYTES),
             (Tier.ORIGIN, metrics.ORIGIN_FILLS, metrics.ORIGIN_FILL_BYTES),
@@ -183,11 +187,13 @@ class BlockMover:
                 self._counters.add(blocks_.name, len(lengths))
                 self._counters.add(bytes_.name, sum(lengths))
         blocks = [(flight.key, value) for flight, value in zip(flights, values, strict=True)]
-        stored = self._into_shm(blocks)
+        stored = self._into_shm(blocks, ahead=not any(flight.wanted for flight in flights))
         if stored:
             in_shm_only += [flight.key for flight in flights]
         else:
-            self._into_disk(blocks)
+            kept = self._into_disk(blocks)
+            for flight in flights:
+                flight.kept = kept
         for flight, value in zip(flights, values, strict=True):
             self._end(flight, value, stored=stored)
 
@@ -199,23 +205,24 @@ class BlockMover:
                 self._counters.add(metrics.FILLS_INLINE.name)
         flight.end()
 
-    def _into_shm(self, values: Sequence[tuple[BlockKey, Bytes]]) -> bool:
+    def _into_shm(self, values: Sequence[tuple[BlockKey, Bytes]], *, ahead: bool = False) -> bool:
         if self._shm is None:
             return False
         try:
-            self._shm.put_values(values, self._demote)
+            self._shm.put_values(values, self._demote, ahead=ahead)
         except errors.TierUnavailable:
             self.in_shm = False
             return False  # the tier has warned and counted
         self.in_shm = True
         return True
 
-    def _into_disk(self, values: Sequence[tuple[BlockKey, Bytes]]) -> None:
+    def _into_disk(self, values: Sequence[tuple[BlockKey, Bytes]]) -> bool:
         if self._disk is None:
-            return
+            return False
         try:
             self._disk.put_values(values)
         except errors.TierUnavailable:
             self.on_disk = False  # the tier has warned and counted
         else:
             self.on_disk = True
+        return self.on_disk

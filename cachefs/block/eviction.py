@@ -35,6 +35,14 @@ class LruPolicy:
         self._order[key] = None
         self._batched.discard(key)
 
+    def bring(self, key: BlockKey, size: int) -> None:
+        """A block entered the tier before anybody reads it."""
+        self.add(key, size)
+
+    def adopt(self, key: BlockKey, size: int) -> None:
+        """A block was in the tier before this process began."""
+        self.add(key, size)
+
     def touch(self, key: BlockKey) -> None:
         """A block was read: it is the newest now."""
         if key in self._order:
@@ -58,6 +66,18 @@ class LruPolicy:
                 return None
             self._batch.extend(islice(self._order, BATCH))
             self._batched.update(self._batch)
+
+    def pinned_victim(self) -> BlockKey | None:
+        """Return None: `victim` takes all."""
+        return None
+
+    def admits(self, key: BlockKey) -> bool:
+        """Whether a block would stay: each new one is the newest."""
+        return True
+
+    def size_of(self, key: BlockKey) -> int:
+        """Return 0: sizes do not count here."""
+        return 0
 
     def oldest_first(self) -> list[BlockKey]:
         """Return all keys in the order in which they would leave."""

@@ -11,8 +11,9 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from cachefs.block.lane import Job, Lane
+from cachefs.block.lane import Job, Lane, Priority
 from cachefs.types import PART_BYTES, BlockKey, Tier
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,14 @@ class Filled:
     """The bytes, only when the shm tier does not hold them or `inline` was asked for."""
 
 
+class Yields(Protocol):
+    """Whoever brings a flight among many others, and gives it away when a reader should not wait for its turn."""
+
+    def want(self, flight: Flight) -> bool:
+        """A reader waits for it. Returns whether the caller has to bring it from now on. Never blocks for long."""
+        ...
+
+
 class Flight:
     """The one fill of one block that is under way.
 
@@ -45,7 +54,8 @@ class Flight:
     """
 
     __slots__ = (
-        "_watchers", "error", "index", "inline", "job", "key", "lane", "length", "over", "payload", "source", "wanted",
+        "_watchers", "batch", "error", "index", "inline", "job", "kept", "key", "lane", "length", "over", "payload",
+        "source", "wanted",
     )  # fmt: skip
 
     _lock = threading.Lock()
@@ -59,12 +69,22 @@ class Flight:
         self.inline = inline
         self.wanted = wanted
         self.over = False
+        self.kept = True
+        """Whether a tier has it, when it is over without an error."""
         self.source = Tier.ORIGIN
         self.payload: bytes | None = None
         self.error: Exception | None = None
         self.job: Job | None = None
         self.lane: Lane | None = None
+        self.batch: Yields | None = None
+        """While it is one of many that are brought in bulk."""
         self._watchers: list[Callable[[], None]] = []
+
+    @property
+    def urgent(self) -> bool:
+        """Whether a reader waits for it, or will in a moment (readahead within the file that is being read)."""
+        job = self.job
+        return self.wanted or (job is not None and job.priority is not Priority.PREFETCH)
 
     @property
     def lost(self) -> bool:

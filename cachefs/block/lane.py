@@ -1,9 +1,9 @@
-"""Blocking jobs in threads, demand before readahead, with a bound on how many run and how many bytes they hold.
+"""Blocking jobs in threads, the urgent ones first, with a bound on how many run and how many bytes they hold.
 
 Jobs stand in one *line* per source (a store, for instance). A job starts when its line has a slot and its bytes are
 free; lines take turns. So a store that hangs keeps its own slots and its own share of the bytes (`shares`), and no job
 of another source waits for it. Readahead may only take a part of both, so a reader who waits always finds room at once;
-while a demand job waits in a line, no readahead job of that line starts. `_pump` decides without awaiting, so its
+while a more urgent job waits in a line, no other of that line starts. `_pump` decides without awaiting, so its
 decisions cannot interleave; it runs whenever a job is submitted, promoted or finished.
 
 The threads are the lane's own: trio.to_thread costs three turns of the event loop and 150 us per job, this one turn and
@@ -32,16 +32,17 @@ log = logging.getLogger(__name__)
 
 
 class Priority(enum.IntEnum):
-    """Who waits for a fill: a reader, or nobody yet."""
+    """Who waits for a fill: a reader, or nobody yet (the same file is being read; or perhaps it will be)."""
 
     DEMAND = 0
     READAHEAD = 1
+    PREFETCH = 2
 
 
-GREED = {Priority.DEMAND: 3.0, Priority.READAHEAD: 1.0}
+GREED = {Priority.DEMAND: 3.0, Priority.READAHEAD: 1.0, Priority.PREFETCH: 1.0}
 """What a source may hold, as a multiple of what is free (`shares`): readahead leaves as much for those who wait."""
-READAHEAD_SLOTS = 0.75
-"""How many of the slots readahead may take."""
+SLOTS = {Priority.DEMAND: 1.0, Priority.READAHEAD: 0.75, Priority.PREFETCH: 0.5}
+"""How many of the slots of a line may be taken when one more of these starts."""
 
 
 @dataclass(eq=False, slots=True)
@@ -65,13 +66,12 @@ class _Line:
     def __init__(self, source: object) -> None:
         self.source = source
         self.slots = 1
-        self.queues: tuple[deque[Job], deque[Job]] = (deque(), deque())
+        self.queues: tuple[deque[Job], ...] = tuple(deque() for _ in Priority)
         self.running = 0
 
     def has_slot(self, priority: Priority) -> bool:
         """Whether one more job may run."""
-        slots = self.slots if priority is Priority.DEMAND else self.slots * READAHEAD_SLOTS
-        return not self.running or self.running < int(slots)
+        return not self.running or self.running < int(self.slots * SLOTS[priority])
 
 
 class Lane:
@@ -111,12 +111,12 @@ class Lane:
         line.queues[job.priority].append(job)
         self._pump()
 
-    def promote(self, job: Job) -> None:
-        """A reader waits for this readahead job now: let it overtake, if it has not started."""
-        if not job.started and job.priority is Priority.READAHEAD:
-            job.line.queues[Priority.READAHEAD].remove(job)
-            job.priority = Priority.DEMAND
-            job.line.queues[Priority.DEMAND].append(job)
+    def promote(self, job: Job, priority: Priority) -> None:
+        """A job is wanted more urgently now: let it overtake, if it has not started."""
+        if not job.started and job.priority > priority:
+            job.line.queues[job.priority].remove(job)
+            job.priority = priority
+            job.line.queues[priority].append(job)
             self._pump()
 
     def close(self) -> None:
@@ -163,7 +163,7 @@ class Lane:
                 queue = line.queues[priority]
                 if not queue or not line.has_slot(priority):
                     continue
-                if priority is Priority.READAHEAD and line.queues[Priority.DEMAND]:
+                if any(line.queues[:priority]):
                     continue
                 if self._shares.fits(line.source, queue[0].size, greed=GREED[priority]):
                     self._lines[line.source] = self._lines.pop(line.source)  # behind the others

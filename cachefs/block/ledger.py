@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from cachefs.block.ports import EvictionPolicy
 from cachefs.types import BlockKey
@@ -47,14 +47,29 @@ class Ledger:
         self._touched: deque[BlockKey] = deque(maxlen=MAX_TOUCHED)
         self.used_bytes = 0
 
-    def add(self, key: BlockKey, length: int) -> None:
-        """A value of `length` bytes was committed."""
-        self._policy.add(key, length)
+    def add(self, key: BlockKey, length: int, *, ahead: bool = False) -> None:
+        """A value of `length` bytes was committed, `ahead` of whoever will read it."""
+        (self._policy.bring if ahead else self._policy.add)(key, length)
         self.used_bytes += value_cost(length)
 
-    def take_victim(self) -> BlockKey | None:
-        """Take the block to evict next out of the order; follow with `gone` or `keep`."""
+    def adopt(self, key: BlockKey, length: int) -> None:
+        """A value of `length` bytes was there when the tier was opened."""
+        self._policy.adopt(key, length)
+        self.used_bytes += value_cost(length)
+
+    def guide(self, change: Callable[[EvictionPolicy], EvictionPolicy]) -> None:
+        """Let another policy, made of the one that there is, go on in its place."""
+        self._policy = change(self._policy)
+
+    def admits(self, key: BlockKey) -> bool:
+        """Whether a block would be kept for longer than a moment if it were added now."""
+        return self._policy.admits(key)
+
+    def take_victim(self, *, even_pinned: bool = False) -> BlockKey | None:
+        """Take the block to evict next out of the order; follow with `gone` or `keep`. None: nothing may go."""
         key = self._policy.victim()
+        if key is None and even_pinned:
+            key = self._policy.pinned_victim()
         if key is not None:
             self._policy.remove(key)
         return key

@@ -34,6 +34,8 @@ from cachefs.block.faults import Faults
 from cachefs.block.gate import Gate
 from cachefs.block.ledger import PAGE_SIZE, Ledger, value_cost
 from cachefs.block.lmdb_env import BlockEnvironment, MapFull
+from cachefs.block.policies.choice import Guidance
+from cachefs.block.policies.planned import IsPinned, NextUse
 from cachefs.block.ports import EvictionPolicy
 from cachefs.block.tier_eviction import Demotion, evict
 from cachefs.block.tier_growth import STEP, Growth
@@ -85,7 +87,7 @@ class TierWriter:
         self.limit_bytes = limit_bytes
         self.block_size = block_size
         self._counters = counters
-        self._policy = policy
+        self._guidance = Guidance(policy)
         block_cost = value_cost(block_size + codec.HEADER_SIZE)
         self._map_size = (limit_bytes - OTHER_BYTES) // PAGE_SIZE * PAGE_SIZE
         if self._map_size < 8 * block_cost:
@@ -97,13 +99,10 @@ class TierWriter:
         self._gate = Gate()
         self._ledger = Ledger(policy())
         self._env: BlockEnvironment | None = None
-        self._unusable = ""
-        self._absent = ""
+        self._unusable = self._absent = ""
         """Why it could not be opened yet: what is there may be as good as ever."""
-        self._retry_at = 0.0
-        self._pause_until = 0.0
-        self._clean = False
-        self._closed = False
+        self._retry_at = self._pause_until = 0.0
+        self._clean = self._closed = False
         self._faults = Faults(f"the {tier} tier in {self.directory}", tier, counters)
         try:
             self._begin()
@@ -121,7 +120,7 @@ class TierWriter:
             self.tier,
             map_size=self._map_size,
             block_size=self.block_size,
-            new_ledger=lambda: Ledger(self._policy()),
+            new_ledger=lambda: Ledger(self._guidance.policy()),
             unusable=self._unusable,
         )
         try:
@@ -187,17 +186,30 @@ class TierWriter:
         self._ledger.touch(keys)
 
     def oldest_first(self) -> list[BlockKey]:
-        """Return the keys of all blocks in the order of their eviction."""
+        """Return the keys of all blocks, roughly in the order of their eviction."""
         with self._lock:
             self._ledger.settle()
             return self._ledger.oldest_first()
 
+    def guide(self, *, next_use: NextUse | None = None, is_pinned: IsPinned | None = None) -> None:
+        """Follow this plan and keep these pins from now on (see there); call it again when the answers change."""
+        with self._lock:
+            self._guidance.next_use, self._guidance.is_pinned = next_use, is_pinned
+            self._ledger.guide(self._guidance.apply)
+
+    def admitted(self, keys: Iterable[BlockKey]) -> list[BlockKey]:
+        """Return those of these blocks that are not here, and would be kept for longer than a moment."""
+        with self._lock:
+            self._ledger.settle()
+            return [key for key in keys if key not in self._ledger and self._ledger.admits(key)]
+
     # -- writing -------------------------------------------------------------------------------------------------------
 
-    def put_values(self, values: Iterable[tuple[BlockKey, Bytes]], demote: Demotion | None = None) -> None:
-        """Commit stored values (header and payload, see `codec`), in groups; keys that are there are not written again.
-
-        Evicts first, and calls `demote` before. Raises TierUnavailable; groups before the failing one stay committed.
+    def put_values(
+        self, values: Iterable[tuple[BlockKey, Bytes]], demote: Demotion | None = None, *, ahead: bool = False
+    ) -> None:
+        """Commit stored values (see `codec`), in groups; keys that are there are not written again. Evicts first, and
+        calls `demote` before. `ahead`: nobody has asked for them yet. Raises TierUnavailable; earlier groups stay.
         """
         with self._lock:
             group: dict[BlockKey, Bytes] = {}
@@ -207,14 +219,14 @@ class TierWriter:
                     continue
                 cost = value_cost(len(value))
                 if group and (cost > room or len(group) >= GROUP_BLOCKS):
-                    self._write(group, demote)
+                    self._write(group, demote, ahead)
                     group, room = {}, most
                 group[key] = value
                 room -= cost
             if group:
-                self._write(group, demote)
+                self._write(group, demote, ahead)
 
-    def _write(self, group: dict[BlockKey, Bytes], demote: Demotion | None) -> None:
+    def _write(self, group: dict[BlockKey, Bytes], demote: Demotion | None, ahead: bool) -> None:
         """Commit one group. Raises TierUnavailable."""
         need = sum(value_cost(len(value)) for value in group.values())
         if self._closed or time.monotonic() < self._pause_until:
@@ -229,7 +241,7 @@ class TierWriter:
             self._faults.fault(error)
             raise
         for key, value in group.items():
-            self._ledger.add(key, len(value))
+            self._ledger.add(key, len(value), ahead=ahead)
         self._counters.add(f"{self.tier}_writes", len(group))
         self._counters.add(f"{self.tier}_write_bytes", sum(map(len, group.values())))
 
@@ -278,9 +290,8 @@ class TierWriter:
 
     def _group_bytes(self) -> int:
         """Return what one transaction may write: LMDB uses its pages again only two transactions later."""
-        return (
-            self._block_cost if self._env is None else max(min(GROUP_BYTES, self._growth.slack // 4), self._block_cost)
-        )
+        most = 0 if self._env is None else min(GROUP_BYTES, self._growth.slack // 4)
+        return max(most, self._block_cost)
 
     def _make_room(self, need: int, demote: Demotion | None) -> None:
         usable = self._growth.usable
@@ -342,7 +353,7 @@ class TierWriter:
         self._unusable = str(error)
         self._retry_at = time.monotonic() + RETRY_S
         env, self._env = self._env, None
-        self._ledger = Ledger(self._policy())
+        self._ledger = Ledger(self._guidance.policy())
         with self._gate.closed():
             if env is not None:
                 env.close()
@@ -398,10 +409,7 @@ class TierWriter:
                 raise self._give_up(error) from error
 
     def sync_and_mark(self) -> None:
-        """Make everything durable and say so in the stamp: the tier survives a power loss now.
-
-        Raises TierUnavailable.
-        """
+        """Make all durable and say so in the stamp: the tier survives a power loss now. Raises TierUnavailable."""
         with self._lock:
             if self._env is None or self._clean:
                 return
@@ -428,9 +436,7 @@ class TierWriter:
     @property
     def state(self) -> str:
         """Return "on", "full" (goes on with the room that it has) or "off"."""
-        if self._env is None:
-            return "off"
-        return "on" if self._growth.growing else "full"
+        return "off" if self._env is None else "on" if self._growth.growing else "full"
 
     def stats(self) -> dict[str, Any]:
         """Return state, used_bytes, limit_bytes and blocks, and the reason if it is off."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from cachefs.store.port import Orders
 from cachefs.types import BlockKey, ObjectVersion, Tier
 
 
@@ -44,6 +45,13 @@ class BlockSource(Protocol):
         """
         ...
 
+    def read_many(self, versions: Sequence[ObjectVersion], orders: Orders) -> None:
+        """Bring whole objects that have one block each, behind what readers wait for; returns when all are over.
+
+        Faults go to `orders` (see there); raises what that raises, and StorageUnavailable for all that are left.
+        """
+        ...
+
 
 class EvictionPolicy(Protocol):
     """Decides which block leaves a tier next. Pure bookkeeping: no I/O, O(1) per call, bounded memory per block.
@@ -52,11 +60,19 @@ class EvictionPolicy(Protocol):
     """
 
     def add(self, key: BlockKey, size: int) -> None:
-        """A block entered the tier (or was rewritten)."""
+        """A block entered the tier (or was rewritten) because it was read."""
+        ...
+
+    def bring(self, key: BlockKey, size: int) -> None:
+        """A block entered the tier before anybody reads it; that it is read will be told by `touch`."""
+        ...
+
+    def adopt(self, key: BlockKey, size: int) -> None:
+        """A block was in the tier before this process began: nobody has read it now."""
         ...
 
     def touch(self, key: BlockKey) -> None:
-        """A block was read. Unknown keys are ignored."""
+        """A block was read. One that is not known is not in the tier, and was read from elsewhere."""
         ...
 
     def remove(self, key: BlockKey) -> None:
@@ -64,7 +80,19 @@ class EvictionPolicy(Protocol):
         ...
 
     def victim(self) -> BlockKey | None:
-        """Return the block to evict next (it stays known until `remove`), or None when there is none."""
+        """Return the block to evict next (it stays known until `remove`), or None when there is none that may go."""
+        ...
+
+    def pinned_victim(self) -> BlockKey | None:
+        """Return a block that should not go, once `victim` has returned None and something must; None: all are gone."""
+        ...
+
+    def admits(self, key: BlockKey) -> bool:
+        """Whether a block would be kept for longer than a moment if it were added now."""
+        ...
+
+    def size_of(self, key: BlockKey) -> int:
+        """Return about how many bytes a known block has, as far as the policy cares."""
         ...
 
     def oldest_first(self) -> list[BlockKey]:

@@ -7,7 +7,8 @@ for seconds: at full speed it would halve what readers of the shm tier get), and
 to evict them (`demote`, in the evicting thread).
 
 INVARIANT: a block that is only in the shm tier is in the queue, or in the batch that is being written, or its bytes
-are dropped on purpose because the disk tier does not take them. After a crash `adopt` builds the queue again.
+are dropped on purpose because the disk tier does not take them, or would not keep them (docs/EVICTION.md). After a
+crash `adopt` builds the queue again.
 """
 
 from __future__ import annotations
@@ -60,8 +61,10 @@ class Spiller:
 
     def add(self, keys: Iterable[BlockKey]) -> None:
         """These blocks are in the shm tier only (called in the trio thread)."""
-        for key in keys:
+        added = list(keys)
+        for key in added:
             self._pending[key] = None
+        self._disk.touch(added)  # they were read, and were not there
         self._wanted.set()
 
     def demote(self, keys: Sequence[BlockKey]) -> None:
@@ -74,9 +77,12 @@ class Spiller:
         """Write blocks to the disk tier, one group after the other; what it does not take is lost, and counted."""
         for start in range(0, len(keys), self._batch):
             values = []
+            missing = [key for key in keys[start : start + self._batch] if key not in self._disk]
+            kept = set(self._disk.admitted(missing))
+            self._counters.add(metrics.SPILLS_DECLINED.name, len(missing) - len(kept))
             for key in keys[start : start + self._batch]:
                 self._pending.pop(key, None)
-                value = None if key in self._disk else self._shm.read(key)
+                value = self._shm.read(key) if key in kept else None
                 if value is not None:
                     values.append((key, value))
             try:

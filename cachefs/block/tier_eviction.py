@@ -29,11 +29,13 @@ def evict(
     """Delete the oldest blocks until `want` bytes are free. Under the tier's lock.
 
     `punch` gets where they lay in the file, while nobody can have used that place again; `count` how many are gone.
-    Raises TierUnavailable, CorruptBlock.
+    Raises TierUnavailable (also when only pinned blocks are left), CorruptBlock.
     """
     target = max(ledger.used_bytes - want, 0)
     while ledger.used_bytes > target and len(ledger):
-        victims = _take_victims(env, ledger, ledger.used_bytes - target)
+        victims = _take_victims(env, ledger, ledger.used_bytes - target, even_pinned=punch is not None)
+        if not victims:
+            raise errors.TierUnavailable("all that is left in it is pinned")
         try:
             if demote is not None:
                 demote(list(victims))
@@ -50,10 +52,11 @@ def evict(
             punch(extents)
 
 
-def _take_victims(env: BlockEnvironment, ledger: Ledger, want: int) -> dict[BlockKey, int]:
+def _take_victims(env: BlockEnvironment, ledger: Ledger, want: int, *, even_pinned: bool) -> dict[BlockKey, int]:
+    """`even_pinned`: others need the room of the tier."""
     victims: dict[BlockKey, int] = {}
     while want > 0 and len(victims) < EVICT_BLOCKS:
-        key = ledger.take_victim()
+        key = ledger.take_victim(even_pinned=even_pinned)
         if key is None:
             break
         length = env.length(key)

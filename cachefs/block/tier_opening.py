@@ -129,7 +129,7 @@ def _attach(
     ledger = new_ledger()
     try:
         for key, length in env.scan():
-            ledger.add(key, length)
+            ledger.adopt(key, length)
     except BaseException:
         env.close()
         raise

@@ -39,7 +39,7 @@ MOUNT_KEYS = (
 """Keys of one element of "mounts"."""
 AGENT_KEYS = (
     "agent_pid", "version", "cache_dir", "log_file", "socket", "uptime_s", "block_size_bytes", "rss_anon_bytes",
-    "memory_limit_bytes", "tiers", "fills", "counters", "mount_ids", "volumes", "cluster",
+    "memory_limit_bytes", "tiers", "fills", "counters", "mount_ids", "volumes", "cluster", "jobs",
 )  # fmt: skip
 """Keys of one element of "agents"."""
 
@@ -143,6 +143,7 @@ def describe_agent(path: str, reply: Mapping[str, Any]) -> dict[str, Any]:
     described["mount_ids"] = sorted(reply.get("mounts", {}))
     for key in ("counters", "volumes"):
         described[key] = reply.get(key, {})
+    described["jobs"] = reply.get("jobs", [])
     parts = reply.get("tiers", {})
     described["tiers"] = {name: parts[name] for name in TIERS if name in parts}
     described["fills"] = parts.get("fills", {})
@@ -313,7 +314,21 @@ def _agent_lines(agent: Mapping[str, Any]) -> list[str]:
         hidden = f", {output.count(volume['hidden_keys'])} hidden keys" if volume.get("hidden_keys") else ""
         known = f"{output.count(volume.get('objects', 0))} objects, {output.size(volume.get('bytes', 0))}"
         lines.append(f"  known of {output.plain(str(volume.get('source')))}: {known}{hidden}")
+    lines += [
+        f"  job {job['job']} ({job['verb']} {output.plain(job['mountpoint'])}): {_job(job)}" for job in agent["jobs"]
+    ]
     return lines
+
+
+def _job(job: Mapping[str, Any]) -> str:
+    """Say how far a job is, or how it ended."""
+    from cachefs.cli.progress import WORDS, line, sources
+
+    if job["state"] in WORDS:
+        return line(job)
+    wrong = f", {output.count(job['problems'])} problems" if job["problems"] else ""
+    why = f": {output.plain(job['error'])}" if job["error"] else ""
+    return f"{job['state']}, {output.count(job['files'])} files, {sources(job)}{wrong}{why}"
 
 
 def _cluster_lines(cluster: Mapping[str, Any] | None, counters: Mapping[str, Any]) -> list[str]:

@@ -19,12 +19,14 @@ INVARIANT: no message can end a thread; what goes wrong with one request is the 
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import os
 import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -53,6 +55,7 @@ from cachefs.prefetch.window import PROOF
 from cachefs.types import Ino
 from cachefs.vfs.filesystem import XATTR_PREFIX, FileSystem
 from cachefs.vfs.reading import MAX_TOUCHED, FileView
+from cachefs.vfs.virtual import END as VIRTUAL_END
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +121,39 @@ class Channel:
             Opcode.GETXATTR: self._getxattr,
             Opcode.READDIRPLUS: self._readdirplus,
         }
+        self._plain_answers = dict(self._answers)
+
+    def trace(self, note: Callable[[int, int, memoryview, int, float], object] | None) -> None:
+        """Tell `note` of every request from now on (None: of none any more): opcode, inode, the message and its length,
+        and the seconds that this thread had to do with it. Requests that nobody is told of pay nothing.
+        """
+        for opcode in Opcode:
+            plain = self._plain_answers.get(opcode)
+            if note is not None:
+                self._answers[opcode] = functools.partial(self._traced, note, opcode, plain or self._pass_on)
+            elif plain is not None:
+                self._answers[opcode] = plain
+            else:
+                self._answers.pop(opcode, None)
+
+    def _traced(
+        self,
+        note: Callable[[int, int, memoryview, int, float], object],
+        opcode: int,
+        answer: Callable[[int, int, memoryview, int], None],
+        unique: int,
+        ino: int,
+        message: memoryview,
+        n: int,
+    ) -> None:
+        began = time.monotonic()
+        try:
+            answer(unique, ino, message, n)
+        finally:
+            note(opcode, ino, message, n, time.monotonic() - began)
+
+    def _pass_on(self, unique: int, ino: int, message: memoryview, n: int) -> None:
+        self._forward(unique, message[:n])
 
     def start(self) -> None:
         """Begin to take requests. The threads end when the mount does."""
@@ -177,6 +213,9 @@ class Channel:
         reads = self._reads
         view = reads.views_by_ino.get(ino)
         if view is None:
+            if ino < VIRTUAL_END:
+                self._read_virtual(unique, ino, offset, size)
+                return
             view = reads.file(ino)
         end = offset + size
         if end > view.size:
@@ -185,7 +224,11 @@ class Channel:
                 self._write(OUT_HEADER.pack(OUT_HEADER_SIZE, 0, unique))
                 return
         size = end - offset
+        if not offset:
+            reads.note_begun(ino, 0)
         if view.size > PROOF:  # no sequence is seen in less
+            if view.window.position < 0 and offset:
+                reads.note_begun(ino, offset)  # at its end, or somewhere within
             ask = view.window.note(offset, size, view.size)
             if ask is not None:
                 self._wish(view, ask)
@@ -212,6 +255,11 @@ class Channel:
         self.misses += 1
         self.interrupts.waits(unique, IN_PID.unpack_from(message, IN_PID_OFFSET)[0])
         self._sink.miss(unique, view, offset, end)
+
+    def _read_virtual(self, unique: int, ino: int, offset: int, size: int) -> None:
+        """Answer a READ of a text of `.cachefs`, which is in memory."""
+        content = self._filesystem.virtual_bytes(ino, offset, size)
+        self._send(unique, (OUT_HEADER.pack(OUT_HEADER_SIZE + len(content), 0, unique), content))
 
     def _answer_several(self, unique: int, view: FileView, offset: int, end: int) -> bool:
         """Answer a READ that lies in more than one block, if all of them are in the shm tier."""

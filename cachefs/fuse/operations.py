@@ -25,6 +25,8 @@ from cachefs.metrics import FUSE_ERRORS, Counters
 from cachefs.types import Ino
 from cachefs.vfs.attributes import Attributes
 from cachefs.vfs.filesystem import FileSystem
+from cachefs.vfs.virtual import DIRECTORY as VIRTUAL_DIRECTORY
+from cachefs.vfs.virtual import VirtualDirectory
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +133,9 @@ class Operations(pyfuse3.Operations):
     async def readdir(self, fh: Any, start_id: int, token: Any) -> None:
         """Answer READDIRPLUS. The cookie of an entry is its inode number (see `cachefs.fuse.dirents`)."""
         filesystem = self.filesystem
+        if filesystem.virtual is not None and fh == VIRTUAL_DIRECTORY:
+            self._read_virtual_directory(filesystem.virtual, start_id, token)
+            return
         dentries = await filesystem.entries(Ino(fh), entry_before(start_id), begun=start_id > 0)
         entry = pyfuse3.EntryAttributes()
         entry.st_mode = pyfuse3.ModeT(stat.S_IFDIR)
@@ -146,6 +151,21 @@ class Operations(pyfuse3.Operations):
             if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(dentry.name), entry, dentry.ino):
                 return
 
+    def _read_virtual_directory(self, virtual: VirtualDirectory, start_id: int, token: Any) -> None:
+        """Answer READDIRPLUS of `.cachefs`. None of it may be kept: a look-up gives other numbers."""
+        entry = pyfuse3.EntryAttributes()
+        entry.st_mode = pyfuse3.ModeT(stat.S_IFDIR)
+        if start_id <= DOTDOT_COOKIE:
+            for cookie, ino, name in dots_behind(start_id, VIRTUAL_DIRECTORY, None):
+                entry.st_ino = pyfuse3.InodeT(ino)
+                if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), entry, cookie):
+                    return
+        for name, attributes in virtual.entries():
+            fill_entry(entry, attributes, 0.0, 0.0)
+            behind = attributes.ino > start_id
+            if behind and not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), entry, attributes.ino):
+                return
+
     @boundary
     async def releasedir(self, fh: Any) -> None:
         """Answer RELEASEDIR."""
@@ -153,7 +173,8 @@ class Operations(pyfuse3.Operations):
     @boundary
     async def open(self, inode: Any, flags: Any, ctx: Any) -> pyfuse3.FileInfo:
         """Answer OPEN (engine pyfuse3): the handle is the inode, its pages are good for ever."""
-        self.filesystem.reads.file(inode)
+        if not VirtualDirectory.has(inode):
+            self.filesystem.reads.file(inode)
         return pyfuse3.FileInfo(fh=inode, keep_cache=True)
 
     @boundary
@@ -198,8 +219,12 @@ class Operations(pyfuse3.Operations):
 
     @boundary
     async def readlink(self, inode: Any, ctx: Any) -> Any:
-        """Answer READLINK: a bucket has no symbolic links."""
-        raise pyfuse3.FUSEError(errno.EINVAL)
+        """Answer READLINK: a bucket has no symbolic links, `.cachefs` has."""
+        virtual = self.filesystem.virtual
+        target = None if virtual is None else virtual.target(Ino(inode))
+        if target is None:
+            raise pyfuse3.FUSEError(errno.EINVAL)
+        return target
 
 
 def _refuse_writes() -> None:

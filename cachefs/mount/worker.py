@@ -28,7 +28,8 @@ from cachefs import __version__, errors
 from cachefs.agent import launch, messages, succession
 from cachefs.agent.client import AgentClient
 from cachefs.agent.hang_watch import HangWatch
-from cachefs.config import Config, Engine, from_plain
+from cachefs.config import Config, Engine, Prefetch, from_plain
+from cachefs.fuse.access_log import AccessLog
 from cachefs.fuse.channel import Channel
 from cachefs.fuse.kernel_names import KernelNames
 from cachefs.fuse.operations import Operations
@@ -47,6 +48,8 @@ from cachefs.metrics import (
     Counters,
 )
 from cachefs.mount import ground
+from cachefs.mount.beginnings import Beginnings
+from cachefs.mount.control_files import access_log_path, virtual_directory, warn_of_hidden
 from cachefs.mount.disk_reads import DiskReads
 from cachefs.mount.heartbeat import Heartbeat
 from cachefs.mount.misses import Misses
@@ -148,6 +151,10 @@ class Worker:
             assert self._kernel_names is not None
             rules = AttributeRules.create(self._config.fuse, os.getuid(), os.getgid())
             filesystem = FileSystem(self._reads, client, Freshness(self._config.metadata), rules)
+            filesystem.virtual = virtual_directory(
+                self._config, self._plan["mount_id"], rules, functools.partial(self._counts, filesystem)
+            )
+            filesystem.virtual.on_first_use = functools.partial(nursery.start_soon, warn_of_hidden, filesystem)
             operations = Operations(filesystem, self._kernel_names, self._counters)
             session = Session(operations)
             misses = Misses(filesystem, self._kernel_names, nursery, self._counters)
@@ -159,6 +166,11 @@ class Worker:
             nursery.start_soon(Heartbeat(self._fds.report, self._config.fuse.hang_timeout_s, self._moves).run)
             nursery.start_soon(self._report_counters, client, filesystem, misses.disk)
             nursery.start_soon(self._seek_tier, self._reads)
+            if self._config.fuse.prefetch is not Prefetch.OFF:
+                nursery.start_soon(Beginnings(self._reads, client.tell, self._tells_beginnings).run)
+
+    def _tells_beginnings(self) -> bool:
+        return self._attached is not None and self._attached.begun
 
     def _moves(self) -> bool:
         return self._channel is None or self._channel.moves()
@@ -290,6 +302,9 @@ class Worker:
             on_unmounted=lambda: token.run_sync_soon(self._unmounted),
         )
         misses.channel = channel
+        path = access_log_path(self._config, self._plan["mount_id"])
+        assert self._nursery is not None
+        self._nursery.start_soon(AccessLog(path, channel, filesystem.reads.names).run)
         misses.disk.start()
         self._watch_over(channel)
         channel.start()

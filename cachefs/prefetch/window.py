@@ -34,14 +34,15 @@ class ReadWindow:
     Used by several threads at once it may ask for too much, never for wrong bytes.
     """
 
-    __slots__ = ("_frontier", "_grow_at", "_initial", "_maximum", "_position", "_run", "_trigger", "window")
+    __slots__ = ("_frontier", "_grow_at", "_initial", "_maximum", "_run", "_trigger", "position", "window")
 
     def __init__(self, initial: int = 4 * MIB, maximum: int = 64 * MIB) -> None:
         self.window = 0
         """Bytes to keep ahead of the reader; 0: no sequence is known."""
         self._initial = initial
         self._maximum = maximum
-        self._position = -1
+        self.position = -1
+        """The furthest byte that was read; -1: none yet."""
         self._frontier = 0
         self._trigger = 0
         self._grow_at = 0
@@ -49,11 +50,11 @@ class ReadWindow:
 
     def note(self, offset: int, size: int, file_size: int) -> tuple[int, int] | None:
         """Take note of a read. Returns (first byte, end byte) to read ahead now, or None."""
-        position = self._position
+        position = self.position
         if self.window and position - SLACK <= offset <= position + SLACK:
             end = offset + size
             if end > position:
-                self._position = end
+                self.position = end
                 if end >= self._trigger:
                     if end >= self._grow_at:
                         self._resize(end, min(self.window * 2, self._maximum))
@@ -63,7 +64,7 @@ class ReadWindow:
 
     def _outside(self, offset: int, size: int, file_size: int) -> tuple[int, int] | None:
         """Handle a read that belongs to no known sequence."""
-        position, end = self._position, offset + size
+        position, end = self.position, offset + size
         if position < 0:
             proven = offset == 0 and file_size > MIB
         elif self.window or abs(offset - position) > max(NEAR, 2 * size):
@@ -73,7 +74,7 @@ class ReadWindow:
             self._run += max(0, end - position)
             proven = self._run >= PROOF
             end = max(end, position)
-        self._position = end
+        self.position = end
         if not proven:
             return None
         self._run = 0

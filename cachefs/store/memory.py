@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cachefs.errors import BadBody, BucketNotFound, NotFound, StaleObject, StorageUnavailable
-from cachefs.store.port import ListPage, ObjectInfo, pieces_of
+from cachefs.store.port import ListPage, ObjectInfo, Orders, one_by_one, pieces_of
 from cachefs.types import ObjectVersion
 
 _SECOND_NS = 1_000_000_000
@@ -105,6 +105,10 @@ class MemoryStore:
     def read_into(self, version: ObjectVersion, start: int, buffers: Sequence[memoryview]) -> Iterator[int]:
         """See `ObjectStore.read_into`."""
         return pieces_of(self.get_range(version, start, sum(map(len, buffers))), buffers)
+
+    def get_many(self, versions: Sequence[ObjectVersion], orders: Orders) -> None:
+        """See `BulkStore.get_many`."""
+        one_by_one(self, versions, orders)
 
     def head(self, key: str) -> ObjectInfo:
         """See `ObjectStore.head`."""

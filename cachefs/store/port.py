@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from cachefs.types import ObjectVersion
+from cachefs.errors import CachefsError
+from cachefs.types import ObjectVersion, Tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,56 @@ class ObjectStore(Protocol):
     def close(self) -> None:
         """Release connections. Further calls raise StorageUnavailable."""
         ...
+
+
+class Orders(Protocol):
+    """What becomes of objects that are brought in bulk, by their number. Called from several threads at once.
+
+    Whoever wants the objects can take one back until it is begun, and while it is postponed.
+    """
+
+    def begin(self, number: int) -> bool:
+        """It is asked for now. False: leave it out, somebody else brings it."""
+        ...
+
+    def postponed(self, number: int) -> bool:
+        """It was asked for in vain, and is asked for again later. False: leave it out from now on."""
+        ...
+
+    def arrived(self, number: int, body: bytes | memoryview, source: Tier) -> None:
+        """All of it is here: exactly the bytes of this version, valid until this returns. The last word on it, and so
+        is `failed`.
+        """
+        ...
+
+    def failed(self, number: int, error: CachefsError) -> None:
+        """It cannot be had. Also for objects that were not begun."""
+        ...
+
+
+class BulkStore(ObjectStore, Protocol):
+    """A store that brings many small objects at once, at less cost for each."""
+
+    def get_many(self, versions: Sequence[ObjectVersion], orders: Orders) -> None:
+        """Bring whole objects, none of them empty, behind all requests that readers wait for; returns when all of them
+        are over. What one of them meets is no trouble for the others.
+
+        Raises what `orders` raises; errors of the store go to `orders`.
+        """
+        ...
+
+
+def one_by_one(store: ObjectStore, versions: Sequence[ObjectVersion], orders: Orders) -> None:
+    """Do what `BulkStore.get_many` does, without its speed."""
+    for number, version in enumerate(versions):
+        if not orders.begin(number):
+            continue
+        try:
+            body = store.get_range(version, 0, version.size)
+        except CachefsError as error:
+            orders.failed(number, error)
+        else:
+            orders.arrived(number, body, Tier.ORIGIN)
 
 
 def pieces_of(body: bytes | memoryview, buffers: Sequence[memoryview]) -> Iterator[int]:

@@ -25,9 +25,10 @@ from typing import TypeVar
 
 from cachefs.errors import CachefsError, StorageUnavailable
 from cachefs.logs import ThrottledWarning
+from cachefs.store.bulk import BulkGets
 from cachefs.store.counters import StoreCounters
-from cachefs.store.limiter import AimdLimiter
-from cachefs.store.port import ListPage, ObjectInfo, ObjectStore
+from cachefs.store.limiter import AimdLimiter, Permit
+from cachefs.store.port import ListPage, ObjectInfo, ObjectStore, Orders
 from cachefs.types import ObjectVersion
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ class RetryingStore:
         self._clock = clock
         self._reports = {level: ThrottledWarning(REPORT_S) for level in (logging.INFO, logging.WARNING)}
         self._closed = threading.Event()
+        self._bulk = BulkGets(self)
 
     @property
     def endpoint(self) -> str:
@@ -109,7 +111,7 @@ class RetryingStore:
         The deadline is for each piece: a range that makes progress may take longer.
         """
         done = 0
-        attempts = _Attempts(self, "get", version.key)
+        attempts = self.attempts("get", version.key)
         while done < len(buffers):
             try:
                 with self._permit("get", attempts.begin()):
@@ -121,6 +123,10 @@ class RetryingStore:
                         attempts.progress()
             except StorageUnavailable as error:
                 attempts.wait_after(error)
+
+    def get_many(self, versions: Sequence[ObjectVersion], orders: Orders) -> None:
+        """See `BulkStore.get_many`."""
+        self._bulk.run(versions, orders)
 
     def head(self, key: str) -> ObjectInfo:
         """See `ObjectStore.head`."""
@@ -141,7 +147,7 @@ class RetryingStore:
         self.inner.close()
 
     def _call(self, operation: str, key: str, request: Callable[[], T]) -> T:
-        attempts = _Attempts(self, operation, key)
+        attempts = self.attempts(operation, key)
         while True:
             try:
                 return self._once(operation, request, attempts.begin())
@@ -154,8 +160,13 @@ class RetryingStore:
 
     @contextlib.contextmanager
     def _permit(self, operation: str, timeout_s: float) -> Iterator[None]:
+        """Wait for a permit, and have a request in flight with it."""
+        with self.using(self.limiter.acquire(timeout_s), operation):
+            yield
+
+    @contextlib.contextmanager
+    def using(self, permit: Permit, operation: str) -> Iterator[None]:
         """Have a request in flight; it is counted, and the limiter learns how it ended."""
-        permit = self.limiter.acquire(timeout_s)
         give_back: Callable[..., object] = self.limiter.failed
         try:
             self.counters.sent(operation)
@@ -170,6 +181,10 @@ class RetryingStore:
             raise
         finally:
             give_back(permit)
+
+    def attempts(self, operation: str, key: str) -> Attempts:
+        """Begin the attempts of one call."""
+        return Attempts(self, operation, key)
 
     def now(self) -> float:
         """Return the time by the clock of this store."""
@@ -194,7 +209,7 @@ class RetryingStore:
         log.log(level, "%s %r of %s failed, %s", operation.upper(), key, self.bucket, text)
 
 
-class _Attempts:
+class Attempts:
     """The attempts of one call: how long the next one may take, and how long to wait before it."""
 
     def __init__(self, store: RetryingStore, operation: str, key: str) -> None:

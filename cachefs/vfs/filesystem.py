@@ -13,11 +13,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cachefs import errors
-from cachefs.types import NAME_MAX, FileKind, Ino, Tier, block_count
+from cachefs.types import NAME_MAX, ROOT_INO, FileKind, Ino, Tier, block_count
 from cachefs.vfs.attributes import FOREVER_S, AttributeRules, Attributes
 from cachefs.vfs.failures import Failures
 from cachefs.vfs.ports import AgentPort, FilledBlock, ListingProgress
 from cachefs.vfs.reading import MAX_TOUCHED, FileView, ReadPath
+from cachefs.vfs.virtual import DIRECTORY as VIRTUAL_DIRECTORY
+from cachefs.vfs.virtual import END as VIRTUAL_END
+from cachefs.vfs.virtual import NAME as VIRTUAL_NAME
+from cachefs.vfs.virtual import VirtualDirectory
 from metadata.freshness import Absent, Freshness, Known
 from metadata.records import Dentry, Directory
 
@@ -65,6 +69,7 @@ class FileSystem:
         self._rules = rules
         self._clock_ns = clock_ns
         self._failures = Failures()
+        self.virtual: VirtualDirectory | None = None
         self.copied_hits = self.copied_hit_bytes = self.copied_misses = self.copied_miss_bytes = 0
         """What went through `read`; reads of the channel are counted there."""
         self.touched: set[bytes] = set()
@@ -93,6 +98,14 @@ class FileSystem:
         """
         if len(name) > NAME_MAX:
             raise errors.NameTooLong(f"a name of {len(name)} bytes")
+        if self.virtual is not None and parent < VIRTUAL_END:
+            virtual = await self.virtual.lookup(parent, name)
+            if virtual is not None:
+                return virtual
+        return await self.lookup_object(parent, name)
+
+    async def lookup_object(self, parent: Ino, name: bytes) -> tuple[Attributes | None, float]:
+        """As `lookup`, of what is in the bucket alone."""
         known = self.lookup_known(parent, name)
         if known is not None:
             return known
@@ -106,6 +119,11 @@ class FileSystem:
 
     def attributes(self, ino: Ino) -> tuple[Attributes, float]:
         """Return the attributes of an inode and for how long they hold. Raises StaleObject for an unknown inode."""
+        if self.virtual is not None and self.virtual.has(ino):
+            virtual = self.virtual.attributes(ino)
+            if virtual is None:
+                raise errors.StaleObject(f"text {ino} of {VIRTUAL_NAME.decode()} is not kept any more")
+            return virtual, FOREVER_S
         inode = self.reads.names.inode(ino)
         if inode is None:
             raise errors.StaleObject(f"inode {ino} is not known (any more) to this volume")
@@ -158,6 +176,10 @@ class FileSystem:
         in_vain = 0
         while True:
             directory, found, _ = self.reads.names.listing(ino, after, limit)
+            if ino == ROOT_INO and self.virtual is not None and found:
+                after, found = found[-1].ino, [entry for entry in found if entry.name != VIRTUAL_NAME]
+                if not found:
+                    continue  # it was the only one
             if found or (directory is not None and directory.complete):
                 return found
             if in_vain >= LISTING_TRIES:
@@ -175,9 +197,15 @@ class FileSystem:
 
         None: the listing has to be made (`entries`).
         """
+        if ino == VIRTUAL_DIRECTORY:
+            return None
         directory, entries, own = self.reads.names.listing(ino, after, limit)
         if directory is None:
             return None
+        if ino == ROOT_INO and self.virtual is not None and any(entry.name == VIRTUAL_NAME for entry in entries):
+            if len(entries) == 1:
+                return self.entries_known(ino, entries[0].ino, limit)  # an empty reply would be the end
+            entries = [entry for entry in entries if entry.name != VIRTUAL_NAME]
         now_ns = self._clock_ns()
         listed_s = self._freshness.listing(directory, now_ns)
         if listed_s is None:
@@ -270,10 +298,14 @@ class FileSystem:
 
     async def read(self, ino: Ino, offset: int, size: int) -> bytes:
         """Return up to `size` bytes from `offset` (fewer at the end of the file), for callers that want a copy."""
+        if self.virtual is not None and self.virtual.has(ino):
+            return self.virtual_bytes(ino, offset, size)
         view = self.reads.file(ino)
         end = min(offset + size, view.size)
         if offset >= end:
             return b""
+        if not offset or view.window.position < 0:
+            self.reads.note_begun(ino, offset)
         wish = self.note_read(view, offset, end - offset)
         if wish is not None:
             self.readahead(view, *wish)
@@ -291,6 +323,13 @@ class FileSystem:
         pieces: list[bytes] = []
         await self.with_blocks(view, offset, end, lambda slices: pieces.append(b"".join(slices)))
         return pieces[0]
+
+    def virtual_bytes(self, ino: int, offset: int, size: int) -> bytes:
+        """Return a part of a text of `.cachefs`. Raises StaleObject. Any thread."""
+        content = None if self.virtual is None else self.virtual.content(ino, offset, size)
+        if content is None:
+            raise errors.StaleObject(f"text {ino} of {VIRTUAL_NAME.decode()} is not kept any more")
+        return content
 
     def note_read(self, view: FileView, offset: int, size: int) -> tuple[int, int] | None:
         """Feed the readahead window; returns (first block, count) to ask the agent for, or None."""
@@ -310,6 +349,8 @@ class FileSystem:
 
     async def extended_attribute(self, ino: Ino, name: bytes) -> bytes:
         """Return `user.cachefs.etag`, `.key` or `.cached` of an inode. Raises NoSuchAttribute."""
+        if self.virtual is not None and self.virtual.has(ino):
+            raise errors.NoSuchAttribute(name.decode("utf-8", "replace"))
         inode = self.reads.names.inode(ino)
         if inode is None:
             raise errors.StaleObject(f"inode {ino} is not known (any more) to this volume")
@@ -326,6 +367,8 @@ class FileSystem:
 
     def extended_attributes(self, ino: Ino) -> tuple[bytes, ...]:
         """Return the names of the extended attributes of an inode."""
+        if self.virtual is not None and self.virtual.has(ino):
+            return ()
         inode = self.reads.names.inode(ino)
         return XATTRS if inode is not None and inode.kind is FileKind.FILE else XATTRS[1:2]
 

@@ -9,7 +9,7 @@ kernel does so inside of it: eviction by the agent can not pull the pages away b
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from cachefs import errors
@@ -23,6 +23,8 @@ from metadata.store import MetadataReader
 _INDEX = struct.Struct(">I")
 MAX_TOUCHED = 4096
 """Keys of used blocks that are kept until they are reported: hints for the eviction."""
+MAX_BEGUN = 1024
+"""Files whose beginning is remembered until somebody takes it away: more are not told of."""
 MAX_VIEWS = 16384
 """Views kept: about 400 bytes each. The oldest goes first; it costs two LMDB gets to build again."""
 
@@ -99,11 +101,23 @@ class ReadPath:
         self.shift = block_size.bit_length() - 1
         self.mask = block_size - 1
         self.views_by_ino: dict[int, FileView] = {}
+        self.begun: list[tuple[int, int]] = []
+        """Files that were begun, as (inode number, block), since somebody last took this away."""
+        self.on_begun: Callable[[], object] | None = None
+        """Called with the first of them, from any thread; None: nobody wants to know."""
 
     def file(self, ino: int) -> FileView:
         """Return the view of a file. Raises StaleObject for an inode that this volume does not know, IsADirectory."""
         view = self.views_by_ino.get(ino)
         return self._load(ino) if view is None else view
+
+    def note_begun(self, ino: int, offset: int) -> None:
+        """A reader began a file. Any thread; what two threads do at once may lose one of them."""
+        begun = self.begun
+        if self.on_begun is not None and len(begun) < MAX_BEGUN:
+            begun.append((ino, offset >> self.shift))
+            if len(begun) == 1:
+                self.on_begun()
 
     def version(self, ino: int) -> ObjectVersion:
         """Return the object version that a file's inode names. Raises as `file`."""

@@ -106,7 +106,7 @@ async def test_an_shm_tier_that_cannot_take_a_block(place: Path, monkeypatch: py
     async with opened(place) as rig:
         assert rig.shm is not None
 
-        def refuse(*args: object) -> None:
+        def refuse(*args: object, **options: object) -> None:
             raise errors.TierUnavailable("full")
 
         monkeypatch.setattr(rig.shm, "put_values", refuse)

@@ -1,4 +1,4 @@
-"""What is read again stays in the shm tier, with both engines: workers say which blocks they used."""
+"""What is read again stays in an LRU shm tier, with both engines: workers say which blocks they used."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_block_that_is_used_outlives_those_that_are_not(
     bodies = {name: bucket.put(name, content(name, 3 * MIB)) for name in ("used", "unused")}
     bucket.put("stream", content("stream", 2 * SHM_MIB * MIB))
     mount = make_node(shm_size=f"{SHM_MIB}MiB").mount(
-        bucket.url, f"--endpoint-url={s3_server.endpoint_url}", f"--engine={engine}"
+        bucket.url, f"--endpoint-url={s3_server.endpoint_url}", f"--engine={engine}", "--eviction=lru"
     )
     for name, body in bodies.items():
         assert read_page(mount.path / name) == body[MIB + 8192 :][:4096]

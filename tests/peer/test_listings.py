@@ -18,7 +18,7 @@ from peer.leash import Leash
 from peer.listings import ListingPages, PeerListings, shared_age_s
 from peer.members import Member, View
 from peer.source import Neighbours
-from peer.wire import BlockRequest, ListingRequest, PeerUnavailable
+from peer.wire import BatchRequest, BlockRequest, ListingRequest, PeerUnavailable
 
 VOLUME = "0123456789abcdef"
 
@@ -144,6 +144,9 @@ class Client:
         self, peer: Member, request: BlockRequest, buffers: Sequence[memoryview], leash: Leash | None = None
     ) -> Iterator[int]:
         raise AssertionError("nobody asks for blocks here")
+
+    def read_batch(self, peer: Member, request: BatchRequest) -> Iterator[memoryview | None]:
+        raise AssertionError("nobody asks for many files here")
 
 
 def rig(

@@ -14,7 +14,7 @@ from cachefs.types import ObjectVersion, Tier
 from peer.leash import Leash
 from peer.members import PEER_PROTOCOL, Member, View
 from peer.source import FUTILE, SELDOM, Neighbours, PeerSource
-from peer.wire import BlockRequest, ListingRequest, NotHeld, PeerSlow, PeerUnavailable
+from peer.wire import BatchRequest, BlockRequest, ListingRequest, NotHeld, PeerSlow, PeerUnavailable
 
 BLOCK = 1 << 20
 VOLUME = "0123456789abcdef"
@@ -55,6 +55,9 @@ class Client:
             buffer[:] = self.body[at : at + len(buffer)]
             at += len(buffer)
             yield number + 1
+
+    def read_batch(self, peer: Member, request: BatchRequest) -> Iterator[memoryview | None]:
+        raise AssertionError("nobody asks for many files here")
 
     def list_page(self, peer: Member, request: ListingRequest) -> tuple[ListPage, float]:
         raise AssertionError("nobody asks for listings here")

@@ -1,0 +1,1 @@
+"""What prefetch and eviction are worth: first epochs beside peers, S3 far away, and a dataset twice the cache."""

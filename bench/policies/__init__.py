@@ -1,0 +1,1 @@
+"""Eviction without a mount: traces of reads, generated or recorded, through the policies of `cachefs.block`."""

@@ -1,0 +1,132 @@
+"""Policies in real tiers: pins that fill one, plans, restarts, and what is spilled to a full disk tier."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from cachefs import errors, metrics
+from cachefs.block.lmdb_tier import TierWriter
+from cachefs.block.policies.choice import policy_maker
+from cachefs.block.spill import Spiller
+from cachefs.config import Eviction
+from cachefs.metrics import Counters
+from cachefs.types import BlockKey, ObjectId, Tier, block_key
+from tests.support.blocks import BLOCK, MIB, payload, put
+
+OIDS = [ObjectId(random.Random(number).randbytes(16)) for number in range(2000)]
+
+
+def name(number: int) -> BlockKey:
+    return block_key(OIDS[number], 0)
+
+
+def open_tier(
+    place: Path, kind: Tier = Tier.DISK, limit: int = 8 * MIB, eviction: Eviction = Eviction.EPOCH
+) -> TierWriter:
+    return TierWriter(
+        str(place), kind, limit_bytes=limit, block_size=BLOCK, counters=Counters(), policy=policy_maker(eviction)
+    )
+
+
+def fill(tier: TierWriter, numbers: range, size: int = 16_000) -> None:
+    for number in numbers:
+        put(tier, [(name(number), payload(number, size))])
+
+
+@pytest.mark.parametrize("eviction", list(Eviction))
+@pytest.mark.expect_warnings("all that is left in it is pinned")
+def test_a_tier_full_of_pins_stores_nothing_more(tmp_path: Path, eviction: Eviction) -> None:
+    tier = open_tier(tmp_path / "t", eviction=eviction)
+    try:
+        tier.guide(is_pinned=lambda oid: True)
+        with pytest.raises(errors.TierUnavailable):
+            fill(tier, range(1000))
+        stored = tier.stats()["blocks"]
+        assert stored > 200
+        assert all(name(number) in tier for number in range(stored))
+        with pytest.raises(errors.TierUnavailable):
+            put(tier, [(name(1500), payload(1, 16_000))])
+        assert tier.state == "on"
+        tier.guide(is_pinned=None)
+        tier._pause_until = 0.0
+        fill(tier, range(1000, 1100))
+        assert name(1099) in tier
+    finally:
+        tier.close()
+
+
+def test_pins_and_plans_hold_while_others_come_and_go(tmp_path: Path) -> None:
+    tier = open_tier(tmp_path / "t")
+    try:
+        fill(tier, range(100))
+        pinned = set(OIDS[:50])
+        planned = {oid: at for at, oid in enumerate(OIDS[50:100])}
+        tier.guide(next_use=planned.get, is_pinned=pinned.__contains__)
+        fill(tier, range(100, 1500))
+        assert all(name(number) in tier for number in range(100))
+        assert set(tier.oldest_first()) >= {name(number) for number in range(100)}
+    finally:
+        tier.close()
+
+
+def test_others_get_their_room_back_from_pins(tmp_path: Path) -> None:
+    tier = open_tier(tmp_path / "t")
+    try:
+        tier.guide(is_pinned=lambda oid: True)
+        fill(tier, range(200))
+        before = tier.stats()["used_bytes"]
+        with pytest.raises(errors.TierUnavailable, match="pinned"):
+            tier._evict(MIB)  # as for a block of our own
+        tier._evict(MIB, give_back=True)
+        assert before - 2 * MIB < tier.stats()["used_bytes"] <= before - MIB
+    finally:
+        tier.close()
+
+
+def test_what_a_tier_had_is_its_stable_part(tmp_path: Path) -> None:
+    tier = open_tier(tmp_path / "t")
+    fill(tier, range(1000))
+    kept = tier.oldest_first()
+    tier.close()
+    tier = open_tier(tmp_path / "t")
+    try:
+        fill(tier, range(1000, 2000))
+        assert sum(block in tier for block in kept) >= 0.9 * len(kept)
+    finally:
+        tier.close()
+
+
+async def test_a_full_disk_tier_is_not_written_for_nothing(tmp_path: Path) -> None:
+    """Epochs over twice of what there is: once the disk tier is full, hardly anything is written to it."""
+    counters = Counters()
+    shm = open_tier(tmp_path / "shm", Tier.SHM, limit=2 * MIB)
+    disk = open_tier(tmp_path / "disk", Tier.DISK, limit=8 * MIB)
+    try:
+        spiller = Spiller(shm, disk, counters, lambda: 0.0)
+        draw = random.Random(1)
+        written = []
+        hits = 0
+        for _ in range(4):
+            before = counters.get(metrics.SPILLS.name)
+            hits = 0
+            for number in draw.sample(range(1200), 1200):
+                block = name(number)
+                if block in shm or block in disk:
+                    hits += 1
+                    shm.touch([block])
+                    disk.touch([block])
+                    continue
+                put(shm, [(block, payload(number, 16_000))], spiller.demote)
+                spiller.add([block])
+            await spiller.flush()
+            written.append(counters.get(metrics.SPILLS.name) - before)
+        assert written[0] > 350
+        assert max(written[1:]) < written[0] // 3, written
+        assert counters.get(metrics.SPILLS_DECLINED.name) > 1000
+        assert hits > 400
+    finally:
+        shm.close()
+        disk.close()

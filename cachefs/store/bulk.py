@@ -1,15 +1,17 @@
 """Many whole small objects at once, for somebody who does not wait for any one of them (`RetryingStore.get_many`).
 
-    thread of the caller --+-- permit of the background -> begin -> GET -> arrived
+    thread of the caller --+-- `wire_gets`, where the store has a wire: all requests from one thread
+                           |   what is left of them:
+                           +-- permit of the background -> begin -> GET -> arrived
     helpers (for this call)+-- permit of the background -> begin -> GET -> arrived
                            ...
 
-Each thread takes the next object, sends one request and hands the body over itself: no queue and no event loop between
-(docs/decisions/0009-bulk-fetch.md). Every object is tried, verified, counted and throttled as one that a reader asks
-for; only its permit comes behind those of readers. A thread whose request fails waits as the retry policy says before
-it goes on, so a store that asks for patience gets it from as many threads as it refused.
+The ordinary way: each thread takes the next object, sends one request and hands the body over itself: no queue and no
+event loop between (docs/decisions/0009-bulk-fetch.md). Every object is tried, verified, counted and throttled as one
+that a reader asks for; only its permit comes behind those of readers. A thread whose request fails waits as the retry
+policy says before it goes on, so a store that asks for patience gets it from as many threads as it refused.
 
-How many threads are worth it depends on how far the store is: a near one is kept busy by a few, and more only take the
+How many requests are worth it depends on how far the store is: a near one is kept busy by a few, and more only take the
 interpreter's lock from each other.
 
 INVARIANT: each object ends with exactly one of `Orders.arrived` and `failed`, or is left out because `begin` or
@@ -27,7 +29,8 @@ from typing import TYPE_CHECKING
 
 from cachefs.errors import CachefsError, StorageUnavailable
 from cachefs.store.limiter import BACKGROUND_PART, background
-from cachefs.store.port import Orders
+from cachefs.store.port import Orders, Wired
+from cachefs.store.wire_gets import WireCall
 from cachefs.types import ObjectVersion, Tier
 
 if TYPE_CHECKING:
@@ -51,12 +54,39 @@ class BulkGets:
         self._store = store
         self._lock = threading.Lock()
         self._threads = 0
+        self._requests = 0
+        """On their way over wires."""
         self._quickest_s = 0.0
 
     def run(self, versions: Sequence[ObjectVersion], orders: Orders) -> None:
         """See `RetryingStore.get_many`."""
-        call = _Call(self, self._store, versions, orders)
-        count = 1 + self._helpers((len(versions) - 1) // PER_THREAD)
+        numbers: Sequence[int] = range(len(versions))
+        wire = self._store.inner.wire() if isinstance(self._store.inner, Wired) else None
+        if wire is not None:
+            call = WireCall(self._store, wire, self, versions, orders)
+            numbers = call.run()
+            if numbers and isinstance(call.throttled, StorageUnavailable):
+                numbers = self._after_a_pause(call.throttled, versions, numbers, orders)
+        if numbers:
+            self._run_ordinary(versions, numbers, orders)
+
+    def _after_a_pause(
+        self, error: StorageUnavailable, versions: Sequence[ObjectVersion], numbers: Sequence[int], orders: Orders
+    ) -> Sequence[int]:
+        """Wait as the retry policy says; returns what is to be asked for then."""
+        attempts = self._store.attempts("get", versions[numbers[0]].key)
+        attempts.begin()
+        try:
+            attempts.wait_after(error)
+        except StorageUnavailable as final:
+            for number in numbers:
+                orders.failed(number, final)
+            return ()
+        return numbers
+
+    def _run_ordinary(self, versions: Sequence[ObjectVersion], numbers: Sequence[int], orders: Orders) -> None:
+        call = _Call(self, self._store, versions, numbers, orders)
+        count = 1 + self._helpers((len(numbers) - 1) // PER_THREAD)
         helpers = []
         try:
             for _ in range(count - 1):
@@ -78,12 +108,27 @@ class BulkGets:
 
     def _helpers(self, wished: int) -> int:
         """Take as many helpers as are worth it beside those that run; the caller's own thread is always one more."""
-        most = max(1, int(self._store.max_requests * BACKGROUND_PART))
-        worth = min(most, FEWEST_THREADS + int(self._quickest_s / THREAD_S))
         with self._lock:
-            helpers = max(0, min(wished, worth - self._threads - 1))
+            helpers = max(0, min(wished, self._worth() - self._threads - 1))
             self._threads += 1 + helpers
         return helpers
+
+    def _worth(self) -> int:
+        most = max(1, int(self._store.max_requests * BACKGROUND_PART))
+        return min(most, FEWEST_THREADS + int(self._quickest_s / THREAD_S))
+
+    def enter(self, own: int) -> bool:
+        """See `Crowd.enter`. Each call may have one."""
+        with self._lock:
+            if own and self._requests >= self._worth():
+                return False
+            self._requests += 1
+            return True
+
+    def leave(self) -> None:
+        """See `Crowd.leave`."""
+        with self._lock:
+            self._requests -= 1
 
     def took(self, seconds: float) -> None:
         """A request was answered in so much time."""
@@ -93,27 +138,35 @@ class BulkGets:
 class _Call:
     """One call: what is left to do. Its threads run `work`."""
 
-    def __init__(self, gets: BulkGets, store: RetryingStore, versions: Sequence[ObjectVersion], orders: Orders) -> None:
+    def __init__(
+        self,
+        gets: BulkGets,
+        store: RetryingStore,
+        versions: Sequence[ObjectVersion],
+        numbers: Sequence[int],
+        orders: Orders,
+    ) -> None:
         self.broken: BaseException | None = None
         """What the caller's code raised."""
         self._gets = gets
         self._store = store
         self._orders = orders
         self._versions = versions
-        self._numbers = itertools.count()
+        self._numbers = numbers
+        self._turns = itertools.count()
         self._hopeless: CachefsError | None = None
         """Why it is in vain to go on: the store does not answer at all."""
 
     def stop(self) -> None:
         """Take up no more objects."""
-        self._numbers = itertools.count(len(self._versions))
+        self._turns = itertools.count(len(self._numbers))
 
     def work(self) -> None:
         """Bring objects until none is left. Never raises."""
         try:
             with background(lambda: True):
-                while (number := next(self._numbers)) < len(self._versions):
-                    self._bring(number)
+                while (turn := next(self._turns)) < len(self._numbers):
+                    self._bring(self._numbers[turn])
         except BaseException as error:  # noqa: BLE001 - of `Orders`; the thread of the call raises it
             self.stop()
             self.broken = error

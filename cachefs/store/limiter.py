@@ -99,6 +99,16 @@ class AimdLimiter:
             self._in_background += behind
             return Permit(self._cuts, behind)
 
+    def acquire_now(self) -> Permit | None:
+        """Return a permit if one is free at this moment."""
+        with self._changed:
+            behind = _in_background()
+            if self._closed or not self._admits(behind):
+                return None
+            self._in_flight += 1
+            self._in_background += behind
+            return Permit(self._cuts, behind)
+
     def _admits(self, behind: bool) -> bool:
         if behind:
             return not self._waiting and self._in_flight < max(1, int(self._limit * BACKGROUND_PART))

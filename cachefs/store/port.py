@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from cachefs.errors import CachefsError
 from cachefs.types import ObjectVersion, Tier
+
+if TYPE_CHECKING:
+    from cachefs.store.wire import Wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +138,15 @@ class BulkStore(ObjectStore, Protocol):
 
         Raises what `orders` raises; errors of the store go to `orders`.
         """
+        ...
+
+
+@runtime_checkable
+class Wired(Protocol):
+    """A store whose objects can be had over sockets of our own."""
+
+    def wire(self) -> Wire | None:
+        """Return the connections to it; None: not now. Never raises."""
         ...
 
 

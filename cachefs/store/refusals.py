@@ -70,6 +70,11 @@ class Refusal:
         return self.status in (301, 307, 308) or (self.status == 400 and self.code in _OTHER_REGION)
 
     @property
+    def throttled(self) -> bool:
+        """Whether it asks for fewer requests."""
+        return self.status in (429, 503) or self.code in _SLOW_DOWN
+
+    @property
     def about_keys(self) -> bool:
         """Whether it says that the keys are not good; without a code (HEAD has no body) whether it may say so."""
         return self.code in _OTHER_KEYS or (not self.code and self.status in (400, 401, 403))
@@ -92,7 +97,7 @@ def error_of(refusal: Refusal, *, bucket: str, endpoint: str, key: str | None) -
     if status in (401, 403):
         verb = "list" if key is None else "read"
         return AccessDenied(f"these credentials may not {verb} {what} ({said})")
-    if status == 429 or code in _SLOW_DOWN or status == 503:
+    if refusal.throttled:
         return StorageUnavailable(
             f"{endpoint} asks to slow down ({said})", throttled=True, retry_after_s=refusal.retry_after_s
         )

@@ -186,6 +186,11 @@ class RetryingStore:
         """Begin the attempts of one call."""
         return Attempts(self, operation, key)
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed.is_set()
+
     def now(self) -> float:
         """Return the time by the clock of this store."""
         return self._clock()

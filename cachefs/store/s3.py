@@ -20,12 +20,14 @@ methods may be called from any thread; they block.
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, NoReturn
+from urllib.parse import urlsplit
 
 from cachefs.config import S3Config
 from cachefs.errors import BadBody, CachefsError, NotFound, StaleObject, StorageUnavailable
@@ -37,10 +39,13 @@ from cachefs.store.port import ListPage, ObjectInfo, pieces_of
 from cachefs.store.refusals import Refusal, error_of
 from cachefs.store.signed import Answer, OpenAnswer, SignedRequests, proxies_of
 from cachefs.store.source import parse_source
+from cachefs.store.wire import Timeouts, Wire
 from cachefs.types import ObjectVersion
 
 if TYPE_CHECKING:
     import obstore.store
+
+log = logging.getLogger(__name__)
 
 _CAREFUL_S = 10.0
 """For how long after a throttled answer requests go the way that sees Retry-After."""
@@ -73,6 +78,7 @@ class S3Store:
         """Of the keys that obstore may keep to itself."""
         self._careful_until = 0.0
         self._closed = False
+        self._wire: Wire | None = None
 
     @property
     def endpoint(self) -> str:
@@ -138,11 +144,48 @@ class S3Store:
             self._refuse(answer.refusal(), None)
         return parse_page(answer.body)
 
+    def wire(self) -> Wire | None:
+        """See `Wired.wire`: not while the server throttles, and not behind a proxy."""
+        if time.monotonic() < self._careful_until:
+            return None
+        try:
+            address = self._where()
+            parts = urlsplit(address.bucket_host_url)
+            if self._proxies.of(parts.scheme, parts.netloc):
+                return None
+            with self._lock:
+                if self._closed:
+                    return None
+                if self._wire is None or self._wire.address != address:
+                    self._wire = self._new_wire(address)
+                return self._wire
+        except (CachefsError, OSError) as error:
+            log.debug("no wire to %s: %s", self._identity, error)
+            return None
+
+    def _new_wire(self, address: Address) -> Wire:
+        if self._wire is not None:
+            self._wire.close()
+        config, anonymous = self._config, self._config.anonymous
+        return Wire(
+            address,
+            lambda: None if anonymous else self._credentials.current(),
+            Timeouts(config.connect_timeout_s, config.request_timeout_s),
+            certificates=config.ca_bundle,
+            on_throttled=self._be_careful,
+        )
+
+    def _be_careful(self) -> None:
+        self._careful_until = time.monotonic() + _CAREFUL_S
+
     def close(self) -> None:
         """See `ObjectStore.close`."""
         with self._lock:
             self._closed = True
             self._obstore = None
+            wire, self._wire = self._wire, None
+        if wire is not None:
+            wire.close()
         self._requests.close()
 
     # -- where --------------------------------------------------------------------------------------------------------
@@ -316,7 +359,7 @@ class S3Store:
             how = "has changed" if refusal.status == 412 else "was deleted"
             error = StaleObject(f"{version.key!r} {how} in bucket {self._bucket!r} since it was looked up")
         if isinstance(error, StorageUnavailable) and error.throttled:
-            self._careful_until = time.monotonic() + _CAREFUL_S
+            self._be_careful()
         raise error from cause
 
     def _gone_or_bad(self, version: ObjectVersion) -> NoReturn:

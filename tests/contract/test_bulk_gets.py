@@ -5,6 +5,9 @@ from __future__ import annotations
 import random
 import threading
 import time
+from pathlib import Path
+
+import pytest
 
 from bench.s3_server import S3Server
 from cachefs.config import S3Config
@@ -57,6 +60,40 @@ def test_many_objects_of_a_real_server(s3_server: S3Server, s3_bucket: str) -> N
             (3, 5, 151), "StaleObject"
         )
         assert store.limiter.in_flight == 0
+    finally:
+        store.close()
+
+
+def test_over_tls(s3_server: S3Server, s3_bucket: str, secure_proxy: FaultProxy, certificate: Path) -> None:
+    draw = random.Random(8)
+    bodies = {f"dir/{number:03d}": draw.randbytes(draw.randrange(1, 200_000)) for number in range(60)}
+    s3_server.put_many(s3_bucket, bodies.items())
+    config = S3Config(
+        source=f"s3://{s3_bucket}", endpoint_url=secure_proxy.endpoint_url, ca_bundle=str(certificate), max_requests=8
+    )
+    store = open_store(config, s3_server.environment)
+    try:
+        versions = [store.head(key).version for key in bodies]
+        secure_proxy.add(Fault(truncate_after=1000, times=2))
+        for _ in range(2):
+            orders = Orders()
+            store.get_many(versions, orders)
+            assert orders.errors == {}
+            assert orders.bodies == dict(enumerate(bodies.values()))
+    finally:
+        store.close()
+
+
+@pytest.mark.expect_warnings("its certificate is not trusted")
+def test_a_certificate_that_is_not_trusted(s3_server: S3Server, s3_bucket: str, secure_proxy: FaultProxy) -> None:
+    config = S3Config(source=f"s3://{s3_bucket}", endpoint_url=secure_proxy.endpoint_url, io_timeout_s=1)
+    store = open_store(config, s3_server.environment)
+    try:
+        orders = Orders()
+        store.get_many([ObjectVersion(f"dir/{number}", "tag", 5) for number in range(20)], orders)
+        assert orders.bodies == {}
+        assert len(orders.errors) == 20
+        assert "--ca-bundle" in str(orders.errors[0])
     finally:
         store.close()
 

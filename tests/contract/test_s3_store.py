@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import gzip
-import shlex
 import socket
-import ssl
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -531,31 +528,6 @@ def test_threads_share_a_store(store: S3Store, version: Callable[[str], ObjectVe
 
 
 # -- TLS --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate of 127.0.0.1 that nobody trusts yet, its key beside it."""
-    directory = tmp_path_factory.mktemp("tls")
-    subprocess.run(
-        shlex.split(
-            "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -keyout key.pem "
-            "-out cert.pem -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1 "
-            "-addext basicConstraints=critical,CA:FALSE"
-        ),
-        cwd=directory,
-        check=True,
-        capture_output=True,
-    )
-    return directory / "cert.pem"
-
-
-@pytest.fixture
-def secure_proxy(s3_server: S3Server, certificate: Path) -> Iterator[FaultProxy]:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, certificate.with_name("key.pem"))
-    with FaultProxy.before(s3_server.endpoint_url, tls=context) as made:
-        yield made
 
 
 def test_ca_bundle(

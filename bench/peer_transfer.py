@@ -87,13 +87,19 @@ class TierHoldings:
         """See `Holdings.load`."""
         return None
 
-    def fetch(self, volume: str, version: ObjectVersion, first: int, count: int, fetched: Fetched) -> None:
+    def fetch(
+        self, volume: str, version: ObjectVersion, first: int, count: int, fetched: Fetched, *, behind: bool = False
+    ) -> None:
         """See `Holdings.fetch`."""
         raise AssertionError("every block is in memory")
 
     def list_page(self, *_: object) -> Any:
         """See `Holdings.list_page`."""
         raise AssertionError("nothing is listed")
+
+    def job(self, *_: object) -> Any:
+        """See `Holdings.job`."""
+        raise AssertionError("nothing is warmed up")
 
     def summary(self) -> dict[str, Any]:
         """See `Holdings.summary`."""

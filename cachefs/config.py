@@ -22,6 +22,7 @@ from cachefs.types import Consistency
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 ETCD_PORT = 2379
+MAX_GROUPS = 32
 
 
 class Addressing(enum.StrEnum):
@@ -181,6 +182,11 @@ class FuseConfig:
     engine: Engine = setting(
         Engine.CHANNEL, "channel: reads are answered in front of libfuse; pyfuse3: all through libfuse."
     )
+    cache: bool = setting(
+        True,
+        "Keep what is read. With --no-cache reads of this mount go to the store each time, and nothing is kept but in "
+        "the page cache of the kernel.",
+    )
     low_latency: LowLatency = setting(
         LowLatency.AUTO,
         "Keep idle CPUs awake: auto, while requests are frequent; always; off. Needs /dev/cpu_dma_latency.",
@@ -195,6 +201,23 @@ class FuseConfig:
     hang_timeout_s: float = setting(
         30.0,
         "How long the worker, or an agent that owes an answer, may show no sign of life before it is replaced.",
+        unit="duration",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitsConfig:
+    """What this volume may do in the cache of the node, of which others have a part."""
+
+    shm_quota_bytes: int = setting(
+        0, "Most bytes of the shm tier that this volume takes; then its own blocks leave (0: no limit).", unit="bytes"
+    )
+    disk_quota_bytes: int = setting(
+        0, "Most bytes of the disk tier that this volume takes; then its own blocks leave (0: no limit).", unit="bytes"
+    )
+    disk_ttl_s: float = setting(
+        0.0,
+        "How long blocks of this volume stay that nobody reads, also when it is not mounted any more (0: no limit).",
         unit="duration",
     )
 
@@ -222,6 +245,13 @@ class PeerConfig:
     zone: str = setting(
         "", "Where this node is: blocks that its zone has already are not fetched from another.", metavar="NAME"
     )
+    group: str = setting(
+        "",
+        "A group of nodes that this one belongs to, such as those of one job, for `cachefs warmup --group`; may be "
+        "repeated, or several with commas between.",
+        metavar="NAME",
+        many=True,
+    )
     advertise: str = setting(
         "",
         "Where others reach this node (default: the address from which it reaches etcd, and any free port).",
@@ -243,6 +273,11 @@ class PeerConfig:
         """The addresses of etcd; none: there are no peers."""
         return tuple(part.strip() for part in self.etcd.split(",") if part.strip())
 
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups of this node, each once, in order."""
+        return tuple(sorted({part.strip() for part in self.group.split(",") if part.strip()}))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogConfig:
@@ -263,6 +298,7 @@ class Config:
     cache: CacheConfig = field(default_factory=CacheConfig)
     metadata: MetadataConfig = field(default_factory=MetadataConfig)
     fuse: FuseConfig = field(default_factory=FuseConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
     peer: PeerConfig = field(default_factory=PeerConfig)
     log: LogConfig = field(default_factory=LogConfig)
 

@@ -60,6 +60,9 @@ DISK_MISSES = _count("disk_misses", "Blocks that were looked for in the disk tie
 DISK_WRITES = _count("disk_writes", "Blocks committed to the disk tier.")
 DISK_WRITE_BYTES = _bytes("disk_write_bytes", "Bytes committed to the disk tier.")
 DISK_EVICTIONS = _count("disk_evictions", "Blocks evicted from the disk tier to make room.")
+EXPIRED_BLOCKS = _count(
+    "expired_blocks", "Blocks that left a tier because nobody had read them for the time to live of their volume."
+)
 DISK_CORRUPT = _count("disk_corrupt", "Blocks of the disk tier that failed their check and were dropped.")
 DISK_FAULTS = _count(
     "disk_faults", "Operations that the disk tier could not do (full, read-only, cut); each was handled as a miss."
@@ -76,6 +79,11 @@ PEER_FILL_BYTES = _bytes("peer_fill_bytes", "Bytes of those blocks.")
 ORIGIN_FILL_ERRORS = _count("origin_fill_errors", "Blocks whose range read failed.")
 FILLS_JOINED = _count("fills_joined", "Fills that waited for a block that was already on its way (single flight).")
 FILLS_INLINE = _count("fills_inline", "Blocks whose bytes were handed over directly because no tier could take them.")
+RANGE_READS = _count("range_reads", "Range reads past the tiers: pieces of blocks that nobody needs whole.")
+RANGE_READ_BYTES = _bytes("range_read_bytes", "Bytes of those ranges.")
+RANGES_JOINED = _count("ranges_joined", "Readers who got a range that was already on its way, or fetched ahead.")
+RANGES_AHEAD = _count("ranges_ahead", "Ranges among them that were fetched ahead of a reader with a stride.")
+RANGES_AHEAD_USED = _count("ranges_ahead_used", "Ranges fetched ahead that a reader then came for.")
 READAHEAD_BLOCKS = _count("readahead_blocks", "Blocks that were asked for before a reader wanted them.")
 READAHEAD_DROPPED = _count(
     "readahead_dropped", "Readahead blocks that were given up: too many waiting, no room, or the store failed."
@@ -147,6 +155,7 @@ FUSE_READ_BYTES = _bytes("fuse_read_bytes", "Bytes given to the kernel.")
 FUSE_REQUESTS = _count("fuse_requests", "All requests of the kernel, READ included.")
 FUSE_ERRORS = _count("fuse_errors", "Requests that were answered with an error other than ENOENT or ENODATA.")
 READ_MISSES = _count("read_misses", "READ requests that the shm tier could not answer.")
+FRESH_READS = _count("fresh_reads", "READ requests past the tiers: of files opened with O_DIRECT, and with --no-cache.")
 READ_MISS_SECONDS = Metric("read_miss_seconds", Unit.SECONDS, "Time that those READ requests waited.")
 READAHEAD_REQUESTS = _count("readahead_requests", "Readahead messages sent to the agent.")
 HUNG_AGENTS = _count("hung_agents", "Agents that showed no sign of life while an answer was due, and were killed.")

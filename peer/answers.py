@@ -23,6 +23,7 @@ from peer.delivery import Delivery, Rooms
 from peer.digest import DigestServer
 from peer.exchange import BadRequest, Exchange, Headers, body_length
 from peer.frames import Frames, send_lent
+from peer.jobs import JOBS_PATH, JobAnswer, decode_request, encode_answer
 from peer.limits import ServerLimits
 from peer.ports import Holdings
 from peer.room import ByteRoom
@@ -168,6 +169,8 @@ class Visitor:
             allowed, answer = ("POST",), self._blocks
         elif path == wire.LISTING_PATH:
             allowed, answer = ("POST",), self._listing
+        elif path == JOBS_PATH:
+            allowed, answer = ("POST",), self._job
         elif path == wire.STATUS_PATH:
             answer = self._status
         elif path.startswith(f"{wire.BLOCKS_PATH}/"):
@@ -239,6 +242,17 @@ class Visitor:
             return FrameStatus.ABSENT, wire.reason_bytes(str(error))
         except errors.CachefsError as error:
             return FrameStatus.FAILED, wire.reason_bytes(str(error))
+
+    async def _job(self) -> None:
+        request = decode_request(self._body)
+        self._body = b""
+        try:
+            told: JobAnswer | str = await trio.to_thread.run_sync(
+                self._shared.holdings.job, request, limiter=self._shared.telling, abandon_on_cancel=True
+            )
+        except errors.CachefsError as error:
+            told = str(error) or type(error).__name__
+        await self._exchange.answer(HTTPStatus.OK, self._headers(), encode_answer(told), "application/json")
 
     async def _status(self) -> None:
         summary = await trio.to_thread.run_sync(

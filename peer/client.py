@@ -26,6 +26,7 @@ from peer.breaker import Breaker, Breakers
 from peer.connections import Connection, Connections, NoConnection, place_of
 from peer.credentials import PeerCredentials
 from peer.incoming import Answer, Broken, Closed
+from peer.jobs import JOBS_PATH, MAX_ANSWER_BYTES, JobAnswer, JobRequest, decode_answer, encode_request
 from peer.leash import Leash
 from peer.limits import ClientLimits
 from peer.members import Member
@@ -133,7 +134,9 @@ class PeerClient:
         size = sum(block.length for block in blocks)
         body = wire.encode_batch(batch)
         head_s = self._limits.head_s
-        with self._call(peer, "POST", wire.BLOCKS_PATH, body, size=size, head_s=head_s, leash=leash) as call:
+        with self._call(
+            peer, "POST", wire.BLOCKS_PATH, body, size=size, head_s=head_s, leash=leash, behind=batch.behind
+        ) as call:
             for block, buffer in zip(blocks, buffers, strict=True):
                 self._block(call, block, len(blocks), buffer)
                 yield block.number + 1
@@ -147,7 +150,8 @@ class PeerClient:
         place = memoryview(bytearray(max(block.length for block in blocks)))
         size = sum(block.length for block in blocks)
         body = wire.encode_batch(request)
-        with self._call(peer, "POST", wire.BLOCKS_PATH, body, size=size, head_s=self._limits.head_s) as call:
+        head_s, behind = self._limits.head_s, request.behind
+        with self._call(peer, "POST", wire.BLOCKS_PATH, body, size=size, head_s=head_s, behind=behind) as call:
             for block in blocks:
                 head = call.frame(block.number)
                 if head.status is FrameStatus.OK:
@@ -221,6 +225,16 @@ class PeerClient:
                 raise Broken("a status that is no JSON object")
             return found
 
+    def job(self, peer: Member, request: JobRequest) -> JobAnswer | str:
+        """Ask about a job, or begin it; returns how it is, or why there is none. Raises PeerUnavailable."""
+        body = encode_request(request)
+        with self._call(peer, "POST", JOBS_PATH, body, head_s=STATUS_S) as call:
+            if not 0 <= call.answer.length <= MAX_ANSWER_BYTES:
+                raise Broken("an answer about a job that is too long")
+            raw = bytearray(call.answer.length)
+            call.answer.into(memoryview(raw))
+            return decode_answer(raw)
+
     def health(self, peer: Member) -> dict[str, Any]:
         """Return the state of a node's breaker and its latency in seconds (None: never asked). Asks nobody."""
         breaker = self._breakers.of(peer.node_id, peer.instance)
@@ -243,8 +257,12 @@ class PeerClient:
         head_s: float,
         size: int = 0,
         leash: Leash | None = None,
+        behind: bool = False,
     ) -> Iterator[_Call]:
-        """Make a call: inside, the head of a good answer is there. Raises PeerUnavailable for all that goes wrong."""
+        """Make a call: inside, the head of a good answer is there. Raises PeerUnavailable for all that goes wrong.
+
+        `behind`: nobody waits for it, and it may be late for that reason alone.
+        """
         breaker = self._breakers.of(peer.node_id, peer.instance)
         leash = self._led(leash, breaker)
         with self._counted(peer, size):
@@ -264,7 +282,7 @@ class PeerClient:
                 raise PeerUnavailable(f"{peer.name} ({peer.address}): {error}") from error
             except PeerSlow:
                 reported, keep = True, False
-                if target == wire.BLOCKS_PATH:
+                if target == wire.BLOCKS_PATH and not behind:
                     breaker.failed(connecting=True)  # others who ask it now would wait as long
                 else:
                     breaker.abandoned()  # one directory of one volume says nothing about its blocks
@@ -336,6 +354,8 @@ class PeerClient:
             text = bytearray(min(max(answer.length, 0), TEXT_BYTES))
             answer.into(memoryview(text))
             said = f"it answers {answer.status}: {_plain(text)}"
+            if answer.status == 404 and answer.length <= TEXT_BYTES:
+                raise NotHeld(said)  # it is well, and of a version that does not know this
             raise NoConnection(said) if answer.status in (409, 426) else Broken(said)
         spoken = answer.headers.get(wire.PROTOCOL_HEADER.lower())
         if spoken != wire.PROTOCOL:

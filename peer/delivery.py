@@ -56,7 +56,8 @@ class Rooms:
     """What all questions to one server may hold together.
 
     What this node fetches as an owner waits for the store; what it fetches as the first of its zone waits for an owner.
-    So each has room of its own: two nodes full of questions that wait for each other would wait for ever.
+    So each has room of its own: two nodes full of questions that wait for each other would wait for ever. Questions
+    from within a tree (`peer.tree`) wait for those of an earlier step, and these for the ones without a step.
     """
 
     def __init__(self, questions: int, copied_bytes: int, fetched_bytes: int, loading: int) -> None:
@@ -64,7 +65,7 @@ class Rooms:
         self.loading = trio.CapacityLimiter(loading)
         most = fetched_bytes // 2
         rest = (fetched_bytes - most) // (LEVELS - 1)
-        self.lines = tuple(Line(questions, rest if level else most) for level in range(LEVELS))
+        self.lines = tuple(Line(questions, rest if level else most) for level in range(LEVELS + wire.TREE_STEPS))
 
     @property
     def questions(self) -> int:
@@ -179,6 +180,8 @@ class Delivery:
     def _line(self, *blocks: WantedBlock) -> Line:
         """Return the line of who waits for these blocks: he may wait for all nodes that any of them waits for."""
         request, level_of = self._request, self._holdings.level
+        if request.step:
+            return self._rooms.lines[LEVELS - 1 + request.step]
         levels = [level_of(request.volume, ObjectId(request.runs[each.run].oid), each.index) for each in blocks]
         return self._rooms.lines[max(levels)]
 
@@ -377,7 +380,9 @@ class Delivery:
         fetch = _Fetch(self, blocks, room, trio.lowlevel.current_trio_token())
         version = self._request.runs[blocks[0].run].version
         try:
-            self._holdings.fetch(self._request.volume, version, blocks[0].index, len(blocks), fetch.called)
+            self._holdings.fetch(
+                self._request.volume, version, blocks[0].index, len(blocks), fetch.called, behind=self._request.behind
+            )
         except Exception as error:
             fetch.called(error)
             raise

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from cachefs import metrics
 from cachefs.errors import CachefsError, StorageUnavailable
 from cachefs.metrics import Counters
+from cachefs.store.limiter import in_background
 from cachefs.types import Tier
 from peer.breaker import Breaker
 from peer.leash import Leash
@@ -229,8 +230,8 @@ class Race(Leash):
     # -- the second question -------------------------------------------------------------------------------------------
 
     def _begin(self, *, straight: bool) -> None:
-        if self._hedge is not None:
-            return
+        if self._hedge is not None or in_background():
+            return  # nobody waits for it, and the store would be asked for what is on its way
         length = len(self._blocks[self._at])
         if not self._hedges.begin(length, straight=straight):
             return

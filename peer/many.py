@@ -69,10 +69,10 @@ class ManyReads:
     def run(self) -> None:
         """Bring them all. Raises what `orders` raises."""
         while self._left and self.broken is None:
-            groups: dict[tuple[str, bool] | None, list[_Object]] = {}
+            groups: dict[tuple[str, bool, int] | None, list[_Object]] = {}
             for each in self._left:
                 question = each.questions[0] if each.questions else None
-                key = None if question is None else (question.member.node_id, question.only_cached)
+                key = None if question is None else (question.member.node_id, question.only_cached, question.step)
                 groups.setdefault(key, []).append(each)
             self._left = []
             at_once = [
@@ -116,6 +116,8 @@ class ManyReads:
             volume=source.volume,
             block_size=source.neighbours.block_size,
             only_cached=question.only_cached,
+            behind=True,
+            step=question.step,
             runs=runs,
         )
         self._counters.add(metrics.PEER_REQUESTS.name)
@@ -133,7 +135,7 @@ class ManyReads:
         except PeerUnavailable as error:
             self._counters.add(metrics.PEER_FAILURES.name)
             log.debug("%s is asked in vain for %d files: %s", question.member.name, len(objects) - answered, error)
-            if isinstance(error, PeerSlow):
+            if isinstance(error, PeerSlow) and not question.step:
                 self._give_up(objects[answered:], error)
             else:
                 self._postpone(objects[answered:])

@@ -29,6 +29,8 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     address: str
     """HOST:PORT where its peer server listens."""
     zone: str = ""
+    groups: tuple[str, ...] = ()
+    """Named sets of nodes that it belongs to, such as those of one job."""
     weight: int = 1
     """How large its share of the blocks is: the MiB that its tiers hold, at least 1."""
     instance: str = ""

@@ -36,7 +36,7 @@ MOST_ASKED = 2
 """So many nodes are asked before the store at the most: each may cost a deadline when it is in trouble."""
 
 LEVELS = 4
-"""Of `Candidates.level`."""
+"""Of `Candidates.level`, as `Ring` gives them; `peer.tree` adds some."""
 
 _DIGITS = 8
 """The tabulation reads so many hexadecimal digits of a unit's hash."""

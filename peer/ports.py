@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from cachefs.store.port import ListPage
 from cachefs.types import BlockKey, ObjectId, ObjectVersion
+from peer.jobs import JobAnswer, JobRequest
 from peer.leash import Leash
 from peer.members import Member
 from peer.wire import BatchRequest, BlockRequest, ListingRequest
@@ -46,9 +47,11 @@ class Holdings(Protocol):
         """Return a block from the disk tier, verified, or None. BLOCKS."""
         ...
 
-    def fetch(self, volume: str, version: ObjectVersion, first: int, count: int, fetched: Fetched) -> None:
-        """Have blocks `first` to `first + count` brought here as if a reader of this node had asked, and call `fetched`
-        once, from any thread. Returns at once.
+    def fetch(
+        self, volume: str, version: ObjectVersion, first: int, count: int, fetched: Fetched, *, behind: bool = False
+    ) -> None:
+        """Have blocks `first` to `first + count` brought here as if a reader of this node had asked (`behind`: behind
+        its readers, since nobody waits for them), and call `fetched` once, from any thread. Returns at once.
 
         An Exception is one of `cachefs.errors`: NotFound when this node does not hold the volume, or the key does not
         belong to it.
@@ -62,6 +65,10 @@ class Holdings(Protocol):
 
         Raises: NotFound as in `fetch`, and what `ObjectStore.list_page` raises.
         """
+        ...
+
+    def job(self, request: JobRequest) -> JobAnswer:
+        """Begin a job, or say how it is; see `peer.jobs`. BLOCKS for moments. Raises CachefsError: there is none."""
         ...
 
     def summary(self) -> dict[str, Any]:

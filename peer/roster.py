@@ -17,6 +17,7 @@ from types import MappingProxyType
 import msgspec
 
 from cachefs import metrics
+from cachefs.config import MAX_GROUPS
 from cachefs.metrics import Counters
 from peer.identity import NODE_ID
 from peer.members import Member, View
@@ -196,7 +197,9 @@ def fault_of(member: Member) -> str:
     """Return why others would leave out a node that describes itself like that, "" if they would not."""
     if not NODE_ID.fullmatch(member.node_id):
         return "its id is not 16 hexadecimal digits"
-    texts = (member.name, member.zone, member.instance, member.version)
+    if len(member.groups) > MAX_GROUPS:
+        return "it is in too many groups"
+    texts = (member.name, member.zone, member.instance, member.version, *member.groups)
     if any(len(text) > MAX_TEXT or not text.isprintable() for text in texts):
         return "a text is too long or not printable"
     if not _ADDRESS.fullmatch(member.address) or not 0 < int(member.address.rpartition(":")[2]) < 65536:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 from cachefs import metrics
 from cachefs.metrics import Counters
+from cachefs.store.limiter import in_background
 from cachefs.store.port import BulkStore, Orders
 from cachefs.types import ObjectId, ObjectVersion, Tier, object_id
 from peer.hedge import HedgeRoom, Hedges, Race
@@ -64,6 +65,21 @@ class Neighbours:
         self._latest: tuple[Ring | None, bytes, Candidates | None] = (None, b"", None)
         """A fill asks three times for its unit: which line, which route, whom."""
 
+    @property
+    def node_id(self) -> str:
+        """Of this node."""
+        return self._node_id()
+
+    def near(self, volume: str, node_ids: frozenset[str]) -> list[Member]:
+        """Return which of these nodes hold a volume and can be asked, in the zone of this one where there are several;
+        this one too.
+        """
+        holders = [member for member in self._view().holders.get(volume, ()) if member.protocol == PEER_PROTOCOL]
+        several = len({member.zone for member in holders}) > 1
+        return [
+            member for member in holders if member.node_id in node_ids and (not several or member.zone == self._zone)
+        ]
+
     def candidates(self, volume: str, unit: bytes) -> Candidates:
         """Return whom to ask for a unit of a volume."""
         ring = self._ring(volume)
@@ -88,6 +104,8 @@ class Question:
 
     member: Member
     only_cached: bool
+    step: int = 0
+    """See `peer.wire.BatchRequest.step`."""
 
 
 class PeerSource:
@@ -105,7 +123,7 @@ class PeerSource:
         self._max_requests = max_requests
         self.doubts = Doubts()
         self.hedges = Hedges(neighbours.hedge_room, neighbours.counters)
-        self._routes = tuple(_Route(self, level) for level in range(LEVELS))
+        self._routes = tuple(Route(self, level) for level in range(LEVELS))
 
     @property
     def max_requests(self) -> int:
@@ -117,7 +135,7 @@ class PeerSource:
         """See `BlockSource.spread`."""
         return True
 
-    def route(self, version: ObjectVersion, start: int) -> _Route:
+    def route(self, version: ObjectVersion, start: int) -> Route:
         """See `BlockSource.route`."""
         return self._routes[self.candidates(self.object_id(version), start).level]
 
@@ -133,8 +151,8 @@ class PeerSource:
 
     def questions(self, candidates: Candidates) -> Iterator[Question]:
         """Yield whom to ask, in this order, before the store."""
-        for member in candidates.before:
-            yield Question(member, only_cached=False)
+        for number, member in enumerate(candidates.before):
+            yield Question(member, only_cached=False, step=0 if number else max(0, candidates.level - LEVELS + 1))
         if candidates.is_owner and candidates.after is not None and self.doubts.worth_a_try(candidates.after):
             yield Question(candidates.after, only_cached=True)
 
@@ -148,7 +166,7 @@ class PeerSource:
         return self.neighbours.candidates(self.volume, unit_of(oid, start // block_size, block_size))
 
 
-class _Route:
+class Route:
     """Reads ranges of a `PeerSource`; there are several, so that the ranges stand in several lines."""
 
     def __init__(self, source: PeerSource, level: int) -> None:
@@ -163,7 +181,7 @@ class _Route:
         """See `BlockSource.max_requests`."""
         return self._source.max_requests
 
-    def route(self, version: ObjectVersion, start: int) -> _Route:
+    def route(self, version: ObjectVersion, start: int) -> Route:
         """See `BlockSource.route`."""
         return self
 
@@ -229,7 +247,8 @@ class _Reading:
                     race.full(count)
                     yield self._done, Tier.PEER
             except PeerSlow:
-                self._questions.clear()  # the next node would ask it as well, and we wait for both
+                if not question.step:
+                    self._questions.clear()  # the next node would ask it as well, and we wait for both
             outcome = race.outcome() if self._done < len(self._buffers) else None
             if outcome is not None:
                 self._buffers[self._done][:] = outcome.block
@@ -252,7 +271,8 @@ class _Reading:
                 if list(self._ask(question, number, [block], leash)):
                     return Tier.PEER, passed
             except PeerSlow:
-                break
+                if not question.step:
+                    break
             if leash.pulled:
                 raise PeerUnavailable("nobody waits for it any more")
         for _ in self._source.store.read_into(self._version, self._place(number), [block]):
@@ -273,6 +293,8 @@ class _Reading:
             count=len(buffers),
             block_size=source.neighbours.block_size,
             only_cached=question.only_cached,
+            behind=in_background(),
+            step=question.step,
         )
         self._counters.add(metrics.PEER_REQUESTS.name)
         try:

@@ -3,6 +3,7 @@
     GET  /v1/blocks/<40 hex digits>[?length=N]  the bytes of one block that this node has (for people, with curl)
     POST /v1/blocks                             a BatchRequest; answered with one frame for each block, in its order
     POST /v1/listing                            a ListingRequest; answered with one frame
+    POST /v1/jobs                               a JobRequest (`peer.jobs`); answered with JSON
     GET  /v1/status                             JSON
 
 Bodies are MessagePack. Keys travel as bytes: names that are not UTF-8 are `str` with surrogate escapes inside cachefs.
@@ -54,6 +55,7 @@ MAX_PAGE_ENTRIES = 10_000
 MAX_PAGE_BYTES = 16 << 20
 MAX_REASON_BYTES = 240
 WAIT_S = 0.25
+TREE_STEPS = 2
 
 Buffer = bytes | bytearray | memoryview
 
@@ -161,7 +163,7 @@ class Run(msgspec.Struct, frozen=True, array_like=True):
         return ObjectVersion(text_of(self.key), self.etag, self.size)
 
 
-class BatchRequest(msgspec.Struct, frozen=True, kw_only=True):
+class BatchRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Blocks of one volume: at most `MAX_BLOCKS`, with at most `MAX_BATCH_BYTES`."""
 
     volume: _Volume
@@ -170,6 +172,12 @@ class BatchRequest(msgspec.Struct, frozen=True, kw_only=True):
     """In bytes. Peers with another one do not answer."""
     only_cached: bool
     """Give only what is there; fetch nothing."""
+    behind: bool = False
+    """Nobody waits for it yet: what has to be fetched for it is fetched behind what readers wait for."""
+    step: Annotated[int, msgspec.Meta(ge=0, le=TREE_STEPS)] = 0
+    """How far below the root of a tree whoever asks is (`peer.tree`); 0: there is none. Nodes of earlier versions do
+    not know this field, nor the one before, and answer as if they were not there.
+    """
     runs: Annotated[tuple[Run, ...], msgspec.Meta(min_length=1, max_length=MAX_BLOCKS)]
 
 
@@ -184,12 +192,21 @@ class BlockRequest:
     count: int
     block_size: int
     only_cached: bool
+    behind: bool = False
+    step: int = 0
 
     def batch(self) -> BatchRequest:
         """Return it as it travels."""
         version = self.version
         run = Run(bytes_of(version.key), version.etag, version.size, self.oid, self.first, self.count)
-        return BatchRequest(volume=self.volume, block_size=self.block_size, only_cached=self.only_cached, runs=(run,))
+        return BatchRequest(
+            volume=self.volume,
+            block_size=self.block_size,
+            only_cached=self.only_cached,
+            behind=self.behind,
+            step=self.step,
+            runs=(run,),
+        )
 
 
 @dataclass(frozen=True, slots=True)

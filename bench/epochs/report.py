@@ -203,6 +203,8 @@ def other_lines(results: EpochResults) -> list[str]:
                 f"prefetched {title}: {one['issued_bytes'] / 1e6:,.1f} MB, of which {one['used_bytes'] / 1e6:,.1f} MB "
                 "were read"
             )
+    for name, one in results.larger.items():
+        lines.append(f"{LARGER[name]}: at the end the tiers held {one['held_share']:.3f} of the files")
     return [*lines, *results.remarks]
 
 

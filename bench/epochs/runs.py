@@ -30,6 +30,9 @@ SETTLE_S = 1.5
 WORKERS = 4
 EPOCHS = 4
 POINTS = 2000
+HALF, SHM_PART, SHM_LEAST = 0.5385, 0.05, 16 << 20
+"""The sizes of the tiers, per byte of files, so that they hold half of the files: a tier leaves a part of its size free
+for LMDB's trees and for what a transaction takes. `held_share` says how many they were."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,8 @@ class Stage:
     files: EpochFiles
 
     def read(self, root: Path, order: Order, workers: int = 1) -> Figures:
-        """Read an epoch through a mount."""
+        """Read an epoch through a mount. Memory for it is touched before: see `machine.make_memory_resident`."""
+        machine.make_memory_resident(3 * len(order) * self.files.small_bytes)
         spec = {
             "action": "epoch",
             "root": str(root),
@@ -121,16 +125,16 @@ class _Origin:
 
 
 def epochs_larger_than_cache(stage: Stage, eviction: str, *, plan: bool = False, scan: bool = False) -> Figures:
-    """Shuffled epochs over the tree with tiers that hold half of it; `scan`: the directory is read once, then one more.
+    """Shuffled epochs over the tree with tiers that hold half of its files; `scan`: then the directory, and one more.
 
     A hit is what did not come from the store: bytes of it, so that what was prefetched in vain counts as a miss.
     """
     tree, size = stage.files.tree(), stage.files.small_bytes
     runs = [orders.shuffled(tree, seed) for seed in range(EPOCHS + scan)]
-    cache_bytes = len(tree) * size // 2
-    tiers = ("--disk-size", str(cache_bytes // 2), "--eviction", eviction)
+    shm = max(SHM_LEAST, int(len(tree) * size * HALF * SHM_PART))
+    tiers = ("--cache-size", str(int(len(tree) * size * HALF) - shm), "--eviction", eviction)
     hits: list[float] = []
-    with stage.mounted(*tiers, shm_bytes=cache_bytes // 2) as mount:
+    with stage.mounted(*tiers, shm_bytes=shm) as mount:
         origin, root = _Origin(mount), mount.options.mountpoint
         if plan:
             _write_plan(root, runs)
@@ -140,7 +144,15 @@ def epochs_larger_than_cache(stage: Stage, eviction: str, *, plan: bool = False,
                 origin.taken()
             got = _read_forgetting(stage, root, order)
             hits.append(1 - origin.taken() / got["bytes"])
-    return {"hits": hits, "best": list(orders.best_shares(runs, size, cache_bytes)), "eviction": eviction}
+        held = _held_files(mount)
+    best = list(orders.best_shares(runs, size, len(tree) // 2 * size))
+    return {"hits": hits, "best": best, "eviction": eviction, "held_share": held / len(tree)}
+
+
+def _held_files(mount: CachefsMount) -> int:
+    """How many files the two tiers hold, those twice that are in both."""
+    tiers = mount.status()["agents"][0]["tiers"]
+    return int(tiers["shm"]["blocks"]) + int(tiers["disk"]["blocks"])
 
 
 def _read_forgetting(stage: Stage, root: Path, order: Order) -> Figures:

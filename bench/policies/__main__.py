@@ -1,6 +1,7 @@
-"""Hit ratios of the eviction policies beside Belady's optimum, simulated.
+"""Hit ratios of the eviction policies beside Belady's optimum, and what the detectors bring ahead, simulated.
 
-    python -m bench.policies [--files 5000] [--only NAME] [--recorded FILE --cache 10GiB] [--output DIRECTORY]
+    python -m bench.policies [--files 5000] [--only NAME] [--part policies|prefetch] [--output DIRECTORY]
+    python -m bench.policies --recorded FILE --cache 10GiB        a CSV, or what .cachefs/accesslog gave
 
 Writes policies.json and policies.svg (also of a part of the traces) when a directory is given.
 """
@@ -8,104 +9,77 @@ Writes policies.json and policies.svg (also of a part of the traces) when a dire
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from bench.policies import picture
-from bench.policies.replay import Outcome, optimum, replay, replay_planned, replay_tiers
-from bench.policies.traces import Trace, generate, load
-from bench.report import plain_text
-from cachefs.block.policies.choice import POLICIES
-from cachefs.block.policies.epoch import EpochPolicy
+from bench.policies import figures, loads, picture, recorded
+from bench.policies.ahead import Timing
+from bench.policies.traces import Trace, generate
 from cachefs.cli.options import parse_size
 
-
-def _later(trace: Trace, outcome: Outcome) -> float:
-    """Return the share of hits after the first phase, in which a cache is cold."""
-    if len(trace.phases) == 1:
-        return outcome.hits[0]
-    lengths = [end - start for start, end in zip(trace.phases, trace.phases[1:], strict=False)]
-    return sum(hit * length for hit, length in zip(outcome.hits[1:], lengths, strict=True)) / sum(lengths)
-
-
-def measure(trace: Trace) -> dict[str, Any]:
-    """Return all figures of a trace."""
-    outcomes = {"optimum": optimum(trace)}
-    outcomes |= {name.value: replay(trace, make()) for name, make in POLICIES.items()}
-    outcomes["plan"] = replay_planned(trace, EpochPolicy())
-    tiers = {name.value: replay_tiers(trace, make) for name, make in POLICIES.items()}
-    return {
-        "name": trace.name,
-        "title": trace.title,
-        "reads": len(trace.keys),
-        "capacity_bytes": trace.capacity,
-        "hits": {name: [round(hit, 4) for hit in outcome.hits] for name, outcome in outcomes.items()},
-        "ratio": {name: round(outcome.ratio(trace), 4) for name, outcome in outcomes.items()},
-        "later": {name: round(_later(trace, outcome), 4) for name, outcome in outcomes.items()},
-        "us_per_read": {name: round(outcome.us_per_read, 2) for name, outcome in outcomes.items() if name != "optimum"},
-        "two_tiers": {
-            name: {"later": round(_later(trace, outcome), 4), "disk_writes": round(outcome.written_per_read, 4)}
-            for name, outcome in tiers.items()
-        },
-    }
-
-
-def _print(figures: list[dict[str, Any]]) -> None:
-    names = [name.value for name in POLICIES]
-    rows = [["trace", "optimum", *names, "plan", *(f"{name} us" for name in names), *(f"{n} writes" for n in names)]]
-    for one in figures:
-        later = one["later"]
-        rows.append(
-            [
-                one["name"],
-                *(f"{later[name]:.3f}" for name in ("optimum", *names, "plan")),
-                *(f"{one['us_per_read'][name]:.2f}" for name in names),
-                *(f"{one['two_tiers'][name]['disk_writes']:.3f}" for name in names),
-            ]
-        )
-    click.echo(plain_text(rows))
-    click.echo(
-        "\nhits per read after the first phase; us of CPU per read, median "
-        + ", ".join(f"{name} {statistics.median(one['us_per_read'][name] for one in figures):.2f}" for name in names)
-        + ";\nblocks written to the disk tier per read, with a tenth of the cache in the shm tier"
-    )
+PARTS = ("policies", "prefetch")
 
 
 @click.command()
 @click.option("--files", type=click.IntRange(320), default=5000, show_default=True, help="Files of a dataset.")
 @click.option("--only", multiple=True, help="Name of a trace; may be repeated.")
+@click.option("--part", type=click.Choice(PARTS), multiple=True, help="One of both; may be repeated.")
 @click.option(
-    "--recorded", type=click.Path(exists=True, path_type=Path), help="A trace: .csv (time,key,size) or binary."
+    "--recorded",
+    "recording",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A trace: .csv (time,key,size), the access log of a mount, or binary.",
 )
 @click.option("--cache", default="10GiB", show_default=True, help="Size of the cache for a recorded trace.")
+@click.option("--rounds", type=click.IntRange(1), default=1, show_default=True, help="How often costs are measured.")
+@click.option("--latency-ms", type=float, default=20.0, show_default=True, help="Of a request to the store.")
+@click.option("--slots", type=click.IntRange(1), default=64, show_default=True, help="Requests ahead at a time.")
 @click.option(
     "--output", type=click.Path(file_okay=False, path_type=Path), help="Where to write policies.json and .svg."
 )
-def main(files: int, only: tuple[str, ...], recorded: Path | None, cache: str, output: Path | None) -> None:
-    """Replay traces through the eviction policies."""
-    makers: list[Callable[[], Trace]] = generate(files)
-    if recorded is not None:
-        try:
-            trace = load(recorded, parse_size(cache))
-        except (OSError, ValueError) as error:
-            raise click.ClickException(str(error)) from error
-        makers = [lambda: trace]
-    figures = []
-    for make in makers:
-        made = make()
-        if not only or made.name in only:
-            figures.append(measure(made))
-    if not figures:
+def main(
+    files: int, only: tuple[str, ...], part: tuple[str, ...], recording: Path | None, cache: str, rounds: int,
+    latency_ms: float, slots: int, output: Path | None,
+) -> None:  # fmt: skip
+    """Replay traces through the eviction policies, and loads through the detectors."""
+    traces, heard = generate(files), loads.generate(files)
+    if recording is not None:
+        traces, heard = _recorded(recording, parse_size(cache))
+    parts = part or PARTS
+    timing = Timing(latency_s=latency_ms / 1000, slots=slots)
+    policies = [figures.of_trace(one, rounds) for one in _chosen(traces, only)] if "policies" in parts else []
+    ahead = [figures.of_load(one, timing) for one in _chosen(heard, only)] if "prefetch" in parts else []
+    if not policies and not ahead:
         raise click.ClickException("there is no such trace")
-    _print(figures)
+    if policies:
+        click.echo(figures.policies_text(policies))
+    if ahead:
+        click.echo(figures.ahead_text(ahead))
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        (output / "policies.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-        picture.draw(figures, output / "policies.svg")
+        both = {"policies": policies, "prefetch": ahead}
+        (output / "policies.json").write_text(json.dumps(both, indent=1) + "\n", encoding="utf-8")
+        picture.draw(policies, ahead, output / "policies.svg")
+
+
+def _chosen(makers: list[Callable[[], Any]], only: tuple[str, ...]) -> list[Any]:
+    made = (make() for make in makers)
+    return [one for one in made if not only or one.name in only]
+
+
+def _recorded(path: Path, capacity: int) -> tuple[list[Callable[[], Trace]], list[Callable[[], loads.Load]]]:
+    """Return a recording as a trace, and as a load if it says who read what."""
+    try:
+        trace = recorded.load(path, capacity)
+        if not recorded.is_log(path):
+            return [lambda: trace], []
+        load = recorded.load_readers(path, capacity)
+    except (OSError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+    return [lambda: trace], [lambda: load]
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import bisect
 import heapq
+import math
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from bench.policies.traces import Trace
 from cachefs.block.policies.planned import PlannedPolicy
@@ -23,6 +24,49 @@ SPILLED_EVERY = 4
 """So many reads for each block that is spilled while somebody reads."""
 
 
+class Nothing:
+    """A policy that knows no block: what is left is what the replay itself costs."""
+
+    def add(self, key: BlockKey, size: int) -> None:
+        """See `EvictionPolicy.add`."""
+
+    bring = adopt = add
+
+    def touch(self, key: BlockKey) -> None:
+        """See `EvictionPolicy.touch`."""
+
+    remove = touch
+
+    def victim(self) -> BlockKey | None:
+        """See `EvictionPolicy.victim`."""
+        return None
+
+    pinned_victim = victim
+
+    def admits(self, key: BlockKey) -> bool:
+        """See `EvictionPolicy.admits`."""
+        return True
+
+    @property
+    def is_stable(self) -> bool:
+        """See `EvictionPolicy.is_stable`."""
+        return False
+
+    def size_of(self, key: BlockKey) -> int:
+        """See `EvictionPolicy.size_of`."""
+        return 0
+
+    def oldest_first(self) -> list[BlockKey]:
+        """See `EvictionPolicy.oldest_first`."""
+        return []
+
+    def __contains__(self, key: object) -> bool:
+        return False
+
+    def __len__(self) -> int:
+        return 0
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What a trace came to."""
@@ -30,7 +74,7 @@ class Outcome:
     hits: tuple[float, ...]
     """Share of the reads of each phase that were hits."""
     us_per_read: float
-    """CPU time, that of the replay itself included (about 0.2)."""
+    """CPU time, that of the replay itself included (see `costs`)."""
     written_per_read: float = 0.0
     """Blocks that were written to the disk tier."""
 
@@ -50,19 +94,81 @@ class Tier:
         self.used = 0
         self._sizes = sizes
 
-    def put(self, key: BlockKey, demote: Callable[[BlockKey], object] = lambda key: None) -> bool:
-        """Make room and add; return whether there was room."""
+    def put(self, key: BlockKey, demote: Callable[[BlockKey], object] | None = None, *, ahead: bool = False) -> bool:
+        """Make room and add, perhaps ahead of its reader; return whether there was room."""
         size = self._sizes[key]
         while self.used + size > self.capacity:
             victim = self.policy.victim()
             if victim is None:
                 return False
-            demote(victim)
+            if demote is not None:
+                demote(victim)
             self.policy.remove(victim)
             self.used -= self._sizes[victim]
-        self.policy.add(key, size)
+        if ahead:
+            self.policy.bring(key, size)
+        else:
+            self.policy.add(key, size)
         self.used += size
         return True
+
+
+class TwoTiers:
+    """A shm tier, and a disk tier that gets what leaves it (none when it has no bytes)."""
+
+    def __init__(
+        self,
+        make: Callable[[], EvictionPolicy],
+        shm_bytes: int,
+        disk_bytes: int,
+        sizes: dict[BlockKey, int],
+        gone: Callable[[BlockKey], object] = lambda key: None,
+    ) -> None:
+        """`gone` hears of blocks that are in neither any more."""
+        self.shm, self.disk = Tier(make(), shm_bytes, sizes), Tier(make(), disk_bytes, sizes)
+        self.written = 0
+        """Blocks that were written to the disk tier."""
+        self._gone = gone
+        self._pending: dict[BlockKey, None] = {}
+        self._reads = 0
+
+    def __contains__(self, key: BlockKey) -> bool:
+        return key in self.shm.policy or key in self.disk.policy
+
+    def read(self, key: BlockKey) -> bool:
+        """Somebody reads a block; returns whether it is here. Else it should be `put`, when it came."""
+        self._reads += 1
+        if self._pending and self._reads % SPILLED_EVERY == 0:
+            self._spill(next(iter(self._pending)))
+        if self.disk.capacity:
+            self.disk.policy.touch(key)
+        if key in self.shm.policy:
+            self.shm.policy.touch(key)
+            return True
+        if key not in self.disk.policy:
+            return False
+        self.shm.put(key, self._leave)
+        return True
+
+    def put(self, key: BlockKey, *, ahead: bool = False) -> None:
+        """A block came from the store."""
+        if self.disk.capacity:
+            self._pending[key] = None
+        self.shm.put(key, self._leave, ahead=ahead)
+
+    def _leave(self, key: BlockKey) -> None:
+        self._spill(key)
+        if key not in self.disk.policy:
+            self._gone(key)
+
+    def _spill(self, key: BlockKey) -> None:
+        self._pending.pop(key, None)
+        if self.disk.capacity and key not in self.disk.policy and self.disk.policy.admits(key):
+            self.written += self.disk.put(key, self._leave_disk)
+
+    def _leave_disk(self, key: BlockKey) -> None:
+        if key not in self.shm.policy:
+            self._gone(key)
 
 
 def replay(trace: Trace, policy: EvictionPolicy, tell: Callable[[int], object] | None = None) -> Outcome:
@@ -84,6 +190,21 @@ def replay(trace: Trace, policy: EvictionPolicy, tell: Callable[[int], object] |
         start = end
     spent = time.process_time() - begun
     return Outcome(tuple(counts), spent / len(trace.keys) * 1e6)
+
+
+def costs(trace: Trace, makers: Mapping[str, Callable[[], EvictionPolicy]], rounds: int) -> dict[str, float]:
+    """Return the CPU time per read of each policy, and of the replay alone ("nothing"), in us: the least of so many
+    rounds, in which they take turns, since a machine that is busy with other work makes all of them slower.
+    """
+    least: dict[str, float] = {}
+    boundless = replace(trace, capacity=1 << 62)
+    for _ in range(rounds):
+        turn = {"nothing": replay(boundless, Nothing())} | {
+            name: replay(trace, make()) for name, make in makers.items()
+        }
+        for name, outcome in turn.items():
+            least[name] = min(least.get(name, math.inf), outcome.us_per_read)
+    return least
 
 
 def replay_planned(trace: Trace, policy: EvictionPolicy) -> Outcome:
@@ -137,33 +258,18 @@ def optimum(trace: Trace) -> Outcome:
 def replay_tiers(trace: Trace, make: Callable[[], EvictionPolicy], share_in_shm: float = 0.1) -> Outcome:
     """Read everything through a shm tier and a disk tier, which share the capacity of the trace."""
     in_shm = int(trace.capacity * share_in_shm)
-    shm, disk = Tier(make(), in_shm, trace.sizes), Tier(make(), trace.capacity - in_shm, trace.sizes)
-    pending: dict[BlockKey, None] = {}
-    written = 0
-
-    def spill(key: BlockKey) -> None:
-        nonlocal written
-        pending.pop(key, None)
-        if key not in disk.policy and disk.policy.admits(key):
-            written += disk.put(key)
-
+    tiers = TwoTiers(make, in_shm, trace.capacity - in_shm, trace.sizes)
     counts, start, begun = [], 0, time.process_time()
     for end in trace.phases:
         hits = 0
         for at in range(start, end):
             key = trace.keys[at]
-            hits += key in shm.policy or key in disk.policy
-            disk.policy.touch(key)
-            if key in shm.policy:
-                shm.policy.touch(key)
+            if tiers.read(key):
+                hits += 1
             else:
-                if key not in disk.policy:
-                    pending[key] = None
-                shm.put(key, spill)
-            if pending and at % SPILLED_EVERY == 0:
-                spill(next(iter(pending)))
+                tiers.put(key)
         counts.append(hits / max(1, end - start))
         start = end
     spent = time.process_time() - begun
     reads = len(trace.keys)
-    return Outcome(tuple(counts), spent / reads * 1e6, written / reads)
+    return Outcome(tuple(counts), spent / reads * 1e6, tiers.written / reads)

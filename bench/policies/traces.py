@@ -1,17 +1,13 @@
 """What training jobs and others read, as traces: which block after which.
 
-Generated traces are the same in every run (one seed each). Recorded ones come from files with a read in each line
-(`time,key,size`) or in each record (`RECORD`); see `load`.
+Generated traces are the same in every run (one seed each). Recorded ones: `bench.policies.recorded`.
 """
 
 from __future__ import annotations
 
-import csv
 import random
-import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import xxhash
 
@@ -20,8 +16,6 @@ from cachefs.types import BlockKey, ObjectId, block_key
 SEED = 20_261_123
 FILE_BYTES = 110_000
 BLOCK_BYTES = 1 << 20
-RECORD = struct.Struct("<d20sI")
-"""A read in a binary trace: time (seconds), key of the block, bytes of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,42 +216,3 @@ def generate(files: int) -> list[Callable[[], Trace]]:
         lambda: moving_on(files), lambda: mixed(files),
     ]  # fmt: skip
     return made
-
-
-# -- recorded ----------------------------------------------------------------------------------------------------------
-
-
-def _key_of(text: str) -> BlockKey:
-    """Return the key that is written as 40 hexadecimal digits, else one made from any other name."""
-    if len(text) == 40:
-        try:
-            return BlockKey(bytes.fromhex(text))
-        except ValueError:
-            pass  # a name like others
-    return block_key(ObjectId(xxhash.xxh3_128_digest(text.encode())), 0)
-
-
-def _csv_reads(path: Path) -> Iterable[tuple[BlockKey, int]]:
-    with path.open(newline="", encoding="utf-8") as stream:
-        for number, row in enumerate(csv.reader(stream), start=1):
-            if not row or row[0].startswith("#") or (number == 1 and row[-1].strip() == "size"):
-                continue
-            try:
-                _, name, size = row
-                yield _key_of(name), int(size)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: must be time,key,size") from error
-
-
-def load(path: Path, capacity: int) -> Trace:
-    """Return a recorded trace: `time,key,size` in each line of a .csv, else binary. Raises OSError, ValueError."""
-    if path.suffix == ".csv":
-        reads = list(_csv_reads(path))
-    else:
-        content = path.read_bytes()
-        if len(content) % RECORD.size:
-            raise ValueError(f"{path}: must be records of {RECORD.size} bytes")
-        reads = [(BlockKey(key), size) for _, key, size in RECORD.iter_unpack(content)]
-    if not reads:
-        raise ValueError(f"{path}: no read is in it")
-    return Trace(path.stem, str(path), [key for key, _ in reads], capacity, dict(reads), (len(reads),))

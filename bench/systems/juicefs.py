@@ -61,7 +61,7 @@ class JuiceFS(DaemonSystem):
         dataset = self._site.dataset
         names = list(dataset.names())
         for parent in {Path(name).parent for name in names}:
-            (directory / parent).mkdir(exist_ok=True)
+            (directory / parent).mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(_COPY_THREADS) as pool:
             for _ in pool.map(lambda name: shutil.copyfile(dataset.root / name, directory / name), names):
                 pass

@@ -41,6 +41,8 @@ class _Question:
     """Called in the trio thread."""
     expires_at: float = math.inf
     """By time.monotonic: when an asker without a task gives up."""
+    of_range: bool = False
+    """Only for agents that know of ranges."""
 
 
 class AgentClient:
@@ -76,6 +78,8 @@ class AgentClient:
         self._questions: dict[int, _Question] = {}
         self._sender: Sender | None = None
         self._introducing = False
+        self._fetches_ranges = False
+        """Whether the agent that was attached last knows of ranges."""
         self.received = 0
         """Grows with everything that comes from an agent."""
         self.pid = 0
@@ -145,6 +149,7 @@ class AgentClient:
                 raise failure_error(answer)
             assert isinstance(answer, messages.Attached)
             self.pid = answer.pid
+            self._fetches_ranges = answer.ranges
             await self._on_attached(answer)
         except BaseException:
             await trio.aclose_forcefully(stream)
@@ -166,8 +171,12 @@ class AgentClient:
 
     async def _converse(self, stream: trio.SocketStream) -> None:
         self._sender = sender = Sender(stream)
-        for question in list(self._questions.values()):  # other threads add to it; they look for the sender after that
-            sender.send(question.frame)
+        for identity, question in list(self._questions.items()):  # others add to it, and look for the sender after that
+            if question.of_range and not self._fetches_ranges:
+                self._questions.pop(identity, None)
+                question.answered(messages.Failure(id=identity, kind="Unsupported", text="this agent reads no ranges"))
+            else:
+                sender.send(question.frame)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(sender.run)
@@ -195,7 +204,7 @@ class AgentClient:
         if self._sender is not None:
             self._sender.send(framing.encode(message))
 
-    async def _ask(self, build: Callable[[int], messages.Message]) -> messages.Answer:
+    async def _ask(self, build: Callable[[int], messages.Message], *, of_range: bool = False) -> messages.Answer:
         identity = next(self._ids)
         answers: list[messages.Answer] = []
         answered = trio.Event()
@@ -204,7 +213,7 @@ class AgentClient:
             answers.append(answer)
             answered.set()
 
-        question = _Question(framing.encode(build(identity)), take)
+        question = _Question(framing.encode(build(identity)), take, of_range=of_range)
         self._questions[identity] = question
         if self._sender is not None:
             self._sender.send(question.frame)
@@ -218,6 +227,24 @@ class AgentClient:
         if isinstance(answers[0], messages.Failure):
             raise failure_error(answers[0])
         return answers[0]
+
+    def _ask_without_task(
+        self,
+        build: Callable[[int], messages.Message],
+        answered: Callable[[messages.Answer], None],
+        *,
+        of_range: bool = False,
+    ) -> bool:
+        """Ask, and have `answered` called once in the trio thread. Returns False when there is no agent. Any thread."""
+        if self._sender is None:
+            return False
+        identity = next(self._ids)
+        frame = framing.encode(build(identity))
+        self._questions[identity] = _Question(frame, answered, time.monotonic() + self._deadline_s, of_range)
+        sender = self._sender
+        if sender is not None:  # else, or when it breaks now, it is asked on the next connection
+            sender.send(frame)
+        return True
 
     def _silence(self) -> errors.AgentUnavailable:
         return errors.AgentUnavailable(f"no answer from the agent within {self._deadline_s:g} s")
@@ -253,19 +280,47 @@ class AgentClient:
         self, ino: Ino, first: int, count: int, answer: Callable[[list[FilledBlock] | errors.CachefsError], None]
     ) -> bool:
         """See `AgentPort.request_fill`."""
-        if self._sender is None:
-            return False
 
         def take(reply: messages.Answer) -> None:
             answer(failure_error(reply) if isinstance(reply, messages.Failure) else _blocks(reply))
 
-        identity = next(self._ids)
-        frame = framing.encode(messages.Fill(id=identity, ino=ino, first=first, count=count, inline=False))
-        self._questions[identity] = _Question(frame, take, time.monotonic() + self._deadline_s)
-        sender = self._sender
-        if sender is not None:  # else, or when it breaks now, it is asked on the next connection
-            sender.send(frame)
-        return True
+        return self._ask_without_task(lambda i: messages.Fill(id=i, ino=ino, first=first, count=count), take)
+
+    async def fetch_range(self, ino: Ino, offset: int, length: int, *, fresh: bool = False) -> bytes:
+        """See `AgentPort.fetch_range`."""
+        if self._sender is not None and not self._fetches_ranges:
+            raise errors.Unsupported("the agent that runs reads no ranges")
+
+        def build(identity: int) -> messages.Message:
+            return messages.FetchRange(id=identity, ino=ino, offset=offset, length=length, fresh=fresh)
+
+        return _payload(await self._ask(build, of_range=True))
+
+    def request_range(
+        self,
+        ino: Ino,
+        offset: int,
+        length: int,
+        answer: Callable[[bytes | errors.CachefsError], None],
+        *,
+        fresh: bool = False,
+    ) -> bool:
+        """See `AgentPort.request_range`."""
+        if not self._fetches_ranges:
+            return False
+
+        def take(reply: messages.Answer) -> None:
+            answer(failure_error(reply) if isinstance(reply, messages.Failure) else _payload(reply))
+
+        def build(identity: int) -> messages.Message:
+            return messages.FetchRange(id=identity, ino=ino, offset=offset, length=length, fresh=fresh)
+
+        return self._ask_without_task(build, take, of_range=True)
+
+    def range_ahead(self, ino: Ino, offset: int, length: int) -> None:
+        """See `AgentPort.range_ahead`."""
+        if self._fetches_ranges:
+            self.tell(messages.RangeAhead(ino=ino, offset=offset, length=length))
 
     def readahead(self, ino: Ino, first: int, count: int) -> None:
         """See `AgentPort.readahead`."""
@@ -281,3 +336,8 @@ class AgentClient:
 def _blocks(answer: messages.Answer) -> list[FilledBlock]:
     assert isinstance(answer, messages.Filled)
     return [FilledBlock(index, Tier(tier), payload) for index, tier, payload in answer.blocks]
+
+
+def _payload(answer: messages.Answer) -> bytes:
+    assert isinstance(answer, messages.FetchedRange)
+    return bytes(answer.payload)

@@ -9,15 +9,19 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 import trio
 
 from cachefs import errors
 from cachefs.agent import messages
+from cachefs.agent.commissions import Commissions, Order
+from cachefs.agent.crew import Colleagues, CrewJob, choose
 from cachefs.agent.jobs import Job, State, Verb
 from cachefs.agent.pins import OID_BYTES, Pin, Pins
 from cachefs.agent.spool import Spool
@@ -27,7 +31,8 @@ from cachefs.block import codec
 from cachefs.block.block_cache import BlockCache
 from cachefs.block.ledger import value_cost
 from cachefs.block.lmdb_tier import TierWriter
-from cachefs.types import BlockKey, Ino, block_key
+from cachefs.block.ports import BlockSource
+from cachefs.types import BlockKey, Ino, Tier, block_key
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +43,7 @@ EVICTED_AT_ONCE = 256
 MOST_PATHS = 100_000
 """That one command may pin."""
 
+J = TypeVar("J", Job, CrewJob)
 Tell = Callable[[messages.Answer], object]
 Tiers = tuple[TierWriter | None, TierWriter | None]
 
@@ -54,8 +60,9 @@ class Errands:
         pins: Pins,
         spool_dir: str,
         nursery: trio.Nursery,
+        colleagues: Colleagues | None = None,
     ) -> None:
-        """`tiers`: shm and disk; `spool_dir`: where a list of files can be."""
+        """`tiers`: shm and disk; `spool_dir`: where a list of files can be; `colleagues`: other nodes."""
         self._cache = cache
         self._tiers = [tier for tier in tiers if tier is not None]
         self._volumes = volumes
@@ -63,7 +70,10 @@ class Errands:
         self._pins = pins
         self._spool_dir = spool_dir
         self._nursery = nursery
-        self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._colleagues = colleagues
+        self.commissions = Commissions(self._commissioned, nursery)
+        """What other nodes ask for."""
+        self._jobs: OrderedDict[str, Job | CrewJob] = OrderedDict()
 
     def describe(self) -> list[dict[str, Any]]:
         """Return the jobs, oldest first. Any thread."""
@@ -90,7 +100,7 @@ class Errands:
                 return messages.PinList(id=request.id, pins=[pin.describe() for pin in gone])
         return messages.Done(id=request.id)
 
-    def _job(self, identity: str) -> Job:
+    def _job(self, identity: str) -> Job | CrewJob:
         try:
             return self._jobs[identity]
         except KeyError:
@@ -105,11 +115,7 @@ class Errands:
 
     async def _work(self, request: messages.Work, tell: Tell) -> messages.Answer:
         volume, mountpoint = self._mount(request.mount_id)
-        job = Job(
-            Verb(request.verb), volume, mountpoint, self._cache.block_size, self._spool_dir, self._act(request),
-            force=request.force, background=request.background,
-        )  # fmt: skip
-        self._remember(job)
+        job = self._job_of(request, volume, mountpoint)
         if request.background:
             return await self._leave(job, request.id, tell)
         async with trio.open_nursery() as nursery:
@@ -120,7 +126,44 @@ class Errands:
                     await job.over.wait()
         return self._last_word(job, request.id)
 
-    async def _leave(self, job: Job, identity: int, tell: Tell) -> messages.Answer:
+    def _job_of(self, request: messages.Work, volume: Volume, mountpoint: str) -> Job | CrewJob:
+        """Make what is asked for. Raises UsageError."""
+        if request.nodes < 0:
+            return self._remember(self._made(request, volume, mountpoint))
+        if self._colleagues is None or request.verb not in (Verb.WARM, Verb.CHECK):
+            raise errors.UsageError(f"{request.verb} is for this node alone")
+        found = self._colleagues.colleagues(volume)
+        nodes = choose(found, request.nodes, request.group, f"{volume.store.endpoint}/{volume.store.bucket}")
+        crew = tuple(node.node_id for node in nodes)
+        order = Order(
+            job=secrets.token_hex(16), begin=True, verb=request.verb, tier=request.tier, force=request.force, crew=crew
+        )
+        own = None
+        if any(node.is_self for node in nodes):
+            source = self._colleagues.crew_source(volume, crew)
+            own = self._made(msgspec.structs.replace(request, background=True), volume, mountpoint, source)
+        send, background = self._colleagues.send_order, request.background
+        return self._remember(CrewJob(own, order, volume, mountpoint, nodes, send, background=background))
+
+    def _made(self, request: messages.Work, volume: Volume, mountpoint: str, source: BlockSource | None = None) -> Job:
+        return Job(
+            Verb(request.verb), volume, mountpoint, self._cache.block_size, self._spool_dir, self._act(request),
+            force=request.force, background=request.background, tier=Tier(request.tier) if request.tier else None,
+            source=source,
+        )  # fmt: skip
+
+    def _commissioned(self, volume: Volume, order: Order) -> Job:
+        """Make a job that another node asks for. Raises UsageError, NotFound."""
+        mount = next(iter(volume.mounts.values()), None)
+        if mount is None or self._colleagues is None:
+            raise errors.NotFound("it is not mounted here")
+        request = messages.Work(
+            id=0, mount_id=mount.mount_id, verb=order.verb, force=order.force, background=True, tier=order.tier
+        )
+        source = self._colleagues.crew_source(volume, order.crew)
+        return self._remember(self._made(request, volume, mount.mountpoint, source))
+
+    async def _leave(self, job: Job | CrewJob, identity: int, tell: Tell) -> messages.Answer:
         """Begin a job that goes on by itself when all its paths are known; until then it needs who asked for it."""
         self._nursery.start_soon(job.run)
         tell(messages.JobState(id=identity, job=job.describe()))
@@ -132,14 +175,15 @@ class Errands:
             raise
         return messages.JobState(id=identity, job=job.describe(), over=job.over.is_set())
 
-    def _last_word(self, job: Job, identity: int) -> messages.Answer:
-        return messages.JobState(id=identity, job=job.describe(len(job.problems.examples)), over=True)
+    def _last_word(self, job: Job | CrewJob, identity: int) -> messages.Answer:
+        return messages.JobState(id=identity, job=job.describe(job.examples), over=True)
 
-    def _remember(self, job: Job) -> None:
+    def _remember(self, job: J) -> J:
         self._jobs[job.identity] = job
         over = [each.identity for each in self._jobs.values() if each.over.is_set()]
         for identity in over[: max(0, len(self._jobs) - KEPT_JOBS)]:
             del self._jobs[identity]
+        return job
 
     def _act(self, request: messages.Work) -> Callable[[Job, Spool], Any]:
         """Return what a job does. Raises UsageError."""
@@ -177,15 +221,16 @@ class Errands:
     async def _discard(self, job: Job, keys: list[BlockKey]) -> None:
         wanted, gone = list(keys), set()
         keys.clear()
-        for tier in self._tiers:
-            held = [key for key in wanted if key in tier]
-            if not held:
-                continue
-            try:
-                await trio.to_thread.run_sync(tier.discard, held)
-            except errors.TierUnavailable as error:
-                raise errors.StorageUnavailable(f"the {tier.tier} tier cannot be changed: {error}") from error
-            gone.update(held)
+        async with self._cache.spill_paused:
+            for tier in self._tiers:
+                held = [key for key in wanted if key in tier]
+                if not held:
+                    continue
+                try:
+                    await trio.to_thread.run_sync(tier.discard, held)
+                except errors.TierUnavailable as error:
+                    raise errors.StorageUnavailable(f"the {tier.tier} tier cannot be changed: {error}") from error
+                gone.update(held)
         job.figures.evicted_blocks += len(gone)
 
     async def _pin(self, for_s: float, job: Job, spool: Spool) -> None:
@@ -202,7 +247,7 @@ class Errands:
             if pin.files:
                 pins.append(pin)
             start = end
-        await self._pins.add(pins)
+        await self._pins.add(pins, job.volume.owner)
 
     async def _pin_of(self, job: Job, spool: Spool, path: bytes, numbers: range, until: float | None) -> Pin:
         """Return the pin of one path, for the files with these numbers."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import trio
 
+from cachefs.agent.crew import Colleagues
 from cachefs.agent.errands import Errands
 from cachefs.agent.guidance import Guidance
 from cachefs.agent.pins import Pins
@@ -34,15 +35,18 @@ class Instructions:
         follow: Follow,
         volumes_changed: Callable[[], None],
         nursery: trio.Nursery,
+        colleagues: Colleagues | None = None,
     ) -> None:
-        """`tiers`: shm and disk; `follow`: see `Plans`; `volumes_changed`: somebody else wants to know of that, too."""
+        """`tiers`: shm and disk; `follow`: see `Plans`; `volumes_changed`: somebody else wants to know of that, too;
+        `colleagues`: other nodes.
+        """
         self._volumes_changed = volumes_changed
         spool_dir = str(paths.volumes.in_use)
         guidance = Guidance(*tiers)
         self._nursery = nursery
         self._pins = Pins(paths.cache_dir, guidance)
         warm_up = WarmUp(cache, counters, guidance, self._pins)
-        self.errands = Errands(cache, tiers, volumes, warm_up, self._pins, spool_dir, nursery)
+        self.errands = Errands(cache, tiers, volumes, warm_up, self._pins, spool_dir, nursery, colleagues)
         self._plans = Plans(volumes, runtime, cache.block_size, guidance, follow, spool_dir, nursery)
 
     async def start(self) -> None:

@@ -32,7 +32,8 @@ from cachefs.agent.volumes import FileVersion, Volume
 from cachefs.agent.walking import Walk
 from cachefs.block import codec
 from cachefs.block.ledger import value_cost
-from cachefs.types import ROOT_INO, Ino
+from cachefs.block.ports import BlockSource
+from cachefs.types import ROOT_INO, Ino, Tier
 
 log = logging.getLogger(__name__)
 
@@ -131,10 +132,15 @@ class Job:
         *,
         force: bool = False,
         background: bool = False,
+        tier: Tier | None = None,
+        source: BlockSource | None = None,
     ) -> None:
+        """`tier`: where blocks are to be, as in `Piece.to`; `source`: where they come from, if not as always."""
         self.identity = f"{next(_numbers)}-{secrets.token_hex(2)}"
         self.verb, self.volume, self.mountpoint = verb, volume, mountpoint
         self.force, self.background = force, background
+        self.tier = tier
+        self._source = source
         self.state = State.WALKING
         self.error = ""
         self.figures = Figures()
@@ -169,6 +175,30 @@ class Job:
         if last:
             await self._feed.aclose()
             self.fed.set()
+
+    def offer(self, paths: list[bytes], *, last: bool) -> bool:
+        """As `feed`, without waiting: False when it can take none now."""
+        try:
+            if paths:
+                self._feed.send_nowait(paths)
+        except trio.WouldBlock:
+            return False
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+        if last:
+            self._feed.close()
+            self.fed.set()
+        return True
+
+    @property
+    def blocks_from(self) -> BlockSource:
+        """Where its blocks come from."""
+        return self._source or self.volume.blocks_from
+
+    @property
+    def examples(self) -> int:
+        """How many problems can be named."""
+        return len(self.problems.examples)
 
     def stop(self) -> None:
         """End it; it is over a moment later."""
@@ -276,6 +306,7 @@ class Job:
         return {
             "job": self.identity,
             "verb": str(self.verb),
+            "tier": self.tier and str(self.tier),
             "mountpoint": self.mountpoint,
             "state": str(self.state),
             "error": self.error or None,
@@ -289,6 +320,7 @@ class Job:
             "left_s": round(left / rate, 1) if known else None,
             "problems": self.problems.count,
             "examples": [{"path": path, "why": why} for path, why in self.problems.examples[:examples]],
+            "nodes": [],
         }
 
     def _rate(self, now: float) -> float:

@@ -241,7 +241,11 @@ def attach_message(
     mounted_at_s: float,
     given: Collection[str] = (),
 ) -> messages.Attach:
-    """Return the message by which a mount introduces itself. `given`: settings that somebody asked for."""
+    """Return the message by which a mount introduces itself. `given`: settings that somebody asked for.
+
+    One that keeps nothing has no say in what its volume may keep.
+    """
+    sections = ["s3", "metadata", "cache", "peer", *(["limits"] if config.fuse.cache else [])]
     return messages.Attach(
         id=request_id,
         protocol=messages.PROTOCOL_VERSION,
@@ -249,7 +253,7 @@ def attach_message(
         mount_id=mount_id,
         mountpoint=mountpoint,
         pid=os.getpid(),
-        volume={name: as_plain(getattr(config, name)) for name in ("s3", "metadata", "cache", "peer")},
+        volume={name: as_plain(getattr(config, name)) for name in sections},
         environment=aws_environment(environment),
         check=check,
         mounted_at_s=mounted_at_s,

@@ -26,6 +26,7 @@ from cachefs import __version__, errors
 from cachefs.agent import inheritance
 from cachefs.agent.crash_guard import CrashGuard
 from cachefs.agent.instructions import Instructions
+from cachefs.agent.limits import VolumeLimits
 from cachefs.agent.memory import anonymous_bytes, give_back, tune_allocator
 from cachefs.agent.peers import Peers
 from cachefs.agent.places import AgentPaths, is_own
@@ -105,8 +106,10 @@ class Agent:
         self._settle_block_size(paths.disk)
         inheritance.write_settings(self._config, self._peer)
         self._may_move = paths.volumes.at_home
-        shm = self._open_tier(Tier.SHM, paths.shm, self._config.shm_size_bytes)
-        disk = self._open_tier(Tier.DISK, paths.disk, self._config.cache_size_bytes)
+        limits = VolumeLimits(paths.cache_dir)
+        shm = self._open_tier(Tier.SHM, paths.shm, self._config.shm_size_bytes, limits)
+        disk = self._open_tier(Tier.DISK, paths.disk, self._config.cache_size_bytes, limits)
+        limits.govern(shm, disk)
         tiers = [tier for tier in (shm, disk) if tier is not None]
         attached = 0
         volumes: Volumes | None = None
@@ -126,6 +129,7 @@ class Agent:
                     paths.volumes, self._config, self._run_blocking, self._housework, nursery,
                     None if disk is None else disk.give_back, self._peer, peers.sources,
                 )  # fmt: skip
+                cache.know_owners(volumes.owner_of)
                 report = Report(self._config, self._counters, self._reasons, self._log_file)
                 volumes.handicaps = lambda: [*report.handicaps(paths, cache), *peers.handicaps()]
                 alone = functools.partial(report.status, cache, volumes)
@@ -137,8 +141,9 @@ class Agent:
                 prefetching = Prefetching(cache, self._counters, nursery)
                 told = Instructions(
                     cache, (shm, disk), volumes, self._counters, paths, RuntimeDir(self._config.runtime_dir),
-                    prefetching.follow, peers.volumes_changed, nursery,
+                    prefetching.follow, peers.volumes_changed, nursery, peers,
                 )  # fmt: skip
+                peers.take_order = told.errands.commissions.take
                 await told.start()
                 server = Server(
                     cache, volumes, self._config.block_size_bytes, None if shm is None else str(paths.shm),
@@ -147,6 +152,8 @@ class Agent:
                     self._stopped.set, told.mounts_changed, told.errands,
                 )  # fmt: skip
                 server.begun = prefetching.note
+                server.limits = limits
+                server.learn_holdings = functools.partial(nursery.start_soon, limits.learn)
                 await trio.lowlevel.checkpoint()
                 nursery.start_soon(prefetching.run)
                 nursery.start_soon(self._presence.serve, server.serve, nursery)
@@ -248,7 +255,7 @@ class Agent:
             log.warning("blocks of %d bytes are in %s and are kept: not the %d of --block-size", found, disk, wanted)
             self._config = dataclasses.replace(self._config, block_size_bytes=found)
 
-    def _open_tier(self, tier: Tier, path: Path, limit_bytes: int) -> TierWriter | None:
+    def _open_tier(self, tier: Tier, path: Path, limit_bytes: int, limits: VolumeLimits) -> TierWriter | None:
         if limit_bytes <= 0:
             return None
         try:
@@ -262,6 +269,7 @@ class Agent:
                 counters=self._counters,
                 policy=policy_maker(self._config.eviction),
                 patient=True,
+                limits=limits.of(tier),
             )
         except (errors.TierUnavailable, OSError) as error:
             log.warning("the %s tier is off: %s", tier.value, error)

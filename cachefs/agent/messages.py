@@ -44,8 +44,8 @@ class Attach(Message, frozen=True):
     mountpoint: str
     pid: int
     volume: dict[str, Any]
-    """The `s3`, `metadata`, `cache` and `peer` sections of the configuration as `cachefs.config.as_plain` writes
-    them."""
+    """The `s3`, `metadata`, `cache`, `limits` and `peer` sections of the configuration as
+    `cachefs.config.as_plain` writes them."""
     environment: dict[str, str]
     """The AWS_* variables of the mount. Never stored, never logged."""
     check: bool
@@ -78,6 +78,8 @@ class Attached(Message, frozen=True):
     """How large the shm tier may become."""
     begun: bool = False
     """Whether this agent understands `Begun`."""
+    ranges: bool = False
+    """Whether this agent understands `FetchRange` and `RangeAhead`."""
     notices: list[str] = []
     """For the person who mounts: settings that this agent does not follow because another mount started it."""
 
@@ -127,12 +129,36 @@ class Filled(Message, frozen=True):
     """(index, tier it came from, payload or None)."""
 
 
+class FetchRange(Message, frozen=True):
+    """See `AgentPort.fetch_range`. Reply: `FetchedRange`; only for agents that say `Attached.ranges`."""
+
+    id: int
+    ino: int
+    offset: int
+    length: int
+    fresh: bool = False
+    """From the store, whatever the tiers have."""
+
+
+class FetchedRange(Message, frozen=True):
+    id: int
+    payload: bytes
+
+
 class Readahead(Message, frozen=True):
     """See `AgentPort.readahead`. No reply."""
 
     ino: int
     first: int
     count: int
+
+
+class RangeAhead(Message, frozen=True):
+    """See `AgentPort.range_ahead`. No reply; only for agents that say `Attached.ranges`."""
+
+    ino: int
+    offset: int
+    length: int
 
 
 class Begun(Message, frozen=True):
@@ -214,6 +240,12 @@ class Work(Message, frozen=True):
     background: bool = False
     for_s: float = 0.0
     """For how long to pin; 0: for ever."""
+    tier: str = ""
+    """Where what is warmed up is to be: shm, disk, or "": the nearest that has room."""
+    nodes: int = -1
+    """-1: this node alone; 0: all nodes that mount this; else so many of them (`cachefs.agent.crew`)."""
+    group: str = ""
+    """Only nodes of this group; "": of any."""
 
 
 class Paths(Message, frozen=True):
@@ -286,7 +318,9 @@ Request = (
     | Resolve
     | ListDirectory
     | Fill
+    | FetchRange
     | Readahead
+    | RangeAhead
     | Begun
     | Cached
     | Counters
@@ -296,4 +330,16 @@ Request = (
     | Stop
     | Errand
 )
-Answer = Attached | Resolved | Listed | Filled | CachedBlocks | StatusReply | JobState | PinList | Done | Failure
+Answer = (
+    Attached
+    | Resolved
+    | Listed
+    | Filled
+    | FetchedRange
+    | CachedBlocks
+    | StatusReply
+    | JobState
+    | PinList
+    | Done
+    | Failure
+)

@@ -17,7 +17,7 @@ import platform
 import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,14 @@ import trio
 import xxhash
 
 from cachefs import __version__, errors
+from cachefs.agent.commissions import Order, Report
+from cachefs.agent.crew import Colleague
 from cachefs.agent.inheritance import living_mounts
-from cachefs.agent.peer_holdings import PeerHoldings
+from cachefs.agent.peer_holdings import PeerHoldings, job_request
 from cachefs.agent.volumes import CurrentStore, Sources, Volume, Volumes
 from cachefs.block.block_cache import BlockCache
 from cachefs.block.lmdb_tier import TierWriter
+from cachefs.block.ports import BlockSource
 from cachefs.config import CacheConfig, MetadataConfig, PeerConfig, join_address, split_address, split_endpoint
 from cachefs.metrics import Counters
 from cachefs.store.port import ObjectStore
@@ -45,6 +48,8 @@ from peer.membership import Membership
 from peer.placement import unit_of
 from peer.server import PeerServer
 from peer.source import Neighbours, PeerSource
+from peer.tree import TreeSource
+from peer.wire import NotHeld
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +65,15 @@ REJOIN_WAIT_S = 0.3
 class Peering:
     """Peers of one agent. Made in the trio thread, before the volumes."""
 
-    def __init__(self, config: PeerConfig, cache: CacheConfig, counters: Counters) -> None:
-        """Raises UsageError for settings that cannot work."""
+    def __init__(
+        self,
+        config: PeerConfig,
+        cache: CacheConfig,
+        counters: Counters,
+        ordered: Callable[[Volume, Order], Report],
+    ) -> None:
+        """`ordered`: does what other nodes ask for. Raises UsageError for settings that cannot work."""
+        self._ordered = ordered
         self._config = config
         self._cache = cache
         self._counters = counters
@@ -92,7 +104,7 @@ class Peering:
         listen_port = listen_port or port
         check_listen(listen, self._credentials, self._config.peer_insecure)
         holdings = PeerHoldings(
-            cache, tiers, self._held, self._pages, lambda: summary_of(summary()), self._level, nursery
+            cache, tiers, self._held, self._pages, lambda: summary_of(summary()), self._level, nursery, self._ordered
         )
         server = PeerServer(holdings, credentials=self._credentials, counters=self._counters)
         try:
@@ -116,6 +128,7 @@ class Peering:
             name=self._config.node_name or platform.node(),
             address=address,
             zone=self._config.zone,
+            groups=self._config.groups,
             weight=max(1, (self._cache.shm_size_bytes + self._cache.cache_size_bytes) // MIB),
             instance=secrets.token_hex(8),
             version=__version__,
@@ -202,6 +215,34 @@ class Peering:
         mounted = [] if self._volumes is None else self._volumes.mounted()
         return [volume for volume in mounted if is_shared(volume.store) and _name(volume) == name]
 
+    # -- for jobs on several nodes -------------------------------------------------------------------------------------
+
+    def colleagues(self, volume: Volume) -> list[Colleague]:
+        """See `Colleagues.colleagues`."""
+        assert self._membership is not None
+        mine = self._membership.member.node_id
+        holders = self._membership.view.holders.get(_name(volume), ())
+        return [Colleague(each.node_id, each.name, each.groups, each.node_id == mine) for each in holders]
+
+    def send_order(self, volume: Volume, node_id: str, order: Order) -> Report:
+        """See `Colleagues.send_order`."""
+        assert self._membership is not None
+        member = self._membership.view.members.get(node_id)
+        if member is None:
+            raise errors.StorageUnavailable("it has left the cluster")
+        try:
+            answer = self.client.job(member, job_request(_name(volume), order))
+        except NotHeld as error:
+            raise errors.NotFound("it has a version of cachefs that cannot be asked for that") from error
+        if isinstance(answer, str):
+            raise errors.NotFound(answer)
+        return Report(answer.job, answer.over, answer.parts)
+
+    def crew_source(self, volume: Volume, crew: Sequence[str]) -> BlockSource:
+        """See `Colleagues.crew_source`."""
+        usual = volume.blocks_from
+        return TreeSource(usual, crew) if isinstance(usual, PeerSource) else usual
+
     # -- for people ----------------------------------------------------------------------------------------------------
 
     def status(self, *, ask: bool) -> dict[str, Any]:
@@ -235,6 +276,7 @@ class Peering:
             "name": member.name,
             "address": member.address,
             "zone": member.zone,
+            "groups": list(member.groups),
             "version": member.version,
             "protocol": member.protocol,
             "weight": member.weight,

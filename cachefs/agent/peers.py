@@ -15,16 +15,19 @@ from __future__ import annotations
 import functools
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import trio
 
 from cachefs import errors
+from cachefs.agent.commissions import Order, Report
+from cachefs.agent.crew import Colleague
 from cachefs.agent.inheritance import living_mounts
-from cachefs.agent.volumes import CurrentStore, Sources, Volumes
+from cachefs.agent.volumes import CurrentStore, Sources, Volume, Volumes
 from cachefs.block.block_cache import BlockCache
 from cachefs.block.lmdb_tier import TierWriter
+from cachefs.block.ports import BlockSource
 from cachefs.config import CacheConfig, MetadataConfig, PeerConfig
 from cachefs.metrics import Counters
 
@@ -49,6 +52,8 @@ class Peers:
         self._why = ""
         self._trying = trio.CancelScope()
         self._tries_over: trio.Event | None = None
+        self.take_order: Callable[[Volume, Order], Report] | None = None
+        """Who does what other nodes ask for."""
 
     @property
     def problem(self) -> str | None:
@@ -98,7 +103,7 @@ class Peers:
         """Return what makes this node a peer of others. Raises UsageError."""
         from cachefs.agent.peering import Peering  # what nobody asked for is not even imported
 
-        make = functools.partial(Peering, self._config, self._cache, self._counters)  # reads files
+        make = functools.partial(Peering, self._config, self._cache, self._counters, self._ordered)  # reads files
         return await trio.to_thread.run_sync(make, abandon_on_cancel=True)
 
     async def _do_without(self, error: Exception) -> None:
@@ -147,6 +152,30 @@ class Peers:
         """Mounts came or went: tell the cluster what this node holds."""
         if self._peering is not None:
             self._peering.volumes_changed()
+
+    def colleagues(self, volume: Volume) -> list[Colleague]:
+        """See `Colleagues.colleagues`."""
+        if self._peering is None:
+            raise errors.UsageError(
+                f"this node has no peers for now: {self._why}" if self._why else "this node has no peers (--etcd)"
+            )
+        return self._peering.colleagues(volume)
+
+    def send_order(self, volume: Volume, node_id: str, order: Order) -> Report:
+        """See `Colleagues.send_order`."""
+        if self._peering is None:
+            raise errors.StorageUnavailable("this node has no peers for now")
+        return self._peering.send_order(volume, node_id, order)
+
+    def crew_source(self, volume: Volume, crew: Sequence[str]) -> BlockSource:
+        """See `Colleagues.crew_source`."""
+        return volume.blocks_from if self._peering is None else self._peering.crew_source(volume, crew)
+
+    def _ordered(self, volume: Volume, order: Order) -> Report:
+        """Another node asks for something."""
+        if self.take_order is None:
+            raise errors.StorageUnavailable("this node is only just beginning")
+        return self.take_order(volume, order)
 
     def handicaps(self) -> list[str]:
         """Return what somebody who mounts should know. Any thread."""

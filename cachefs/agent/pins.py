@@ -26,6 +26,7 @@ import trio
 
 from cachefs import errors
 from cachefs.agent.guidance import Guidance
+from cachefs.block.holdings import NOBODY
 from cachefs.types import ObjectId
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,12 @@ class Pins:
         keeper = self._guidance.keeper
         return 0 if keeper is None else int(keeper.limit_bytes * MOST)
 
+    def most_of(self, owner: int) -> int:
+        """How much of one volume may be pinned, with its quota."""
+        keeper = self._guidance.keeper
+        quota_bytes = 0 if keeper is None else keeper.limit_of(owner).quota_bytes
+        return min(self.most_bytes, int(quota_bytes * MOST)) if quota_bytes else self.most_bytes
+
     @property
     def takes_bytes(self) -> int:
         """How much is pinned."""
@@ -113,9 +120,10 @@ class Pins:
         self._pins = kept.pins
         await self._apply()
 
-    async def add(self, pins: Sequence[Pin]) -> None:
-        """Pin paths; the same path anew takes the place of what it was. Raises UsageError when that is too much, and
-        StorageUnavailable when it cannot be kept: nothing has changed then.
+    async def add(self, pins: Sequence[Pin], owner: int = NOBODY) -> None:
+        """Pin paths of a volume; the same path anew takes the place of what it was.
+
+        Raises UsageError when that is too much, StorageUnavailable when it cannot be kept: nothing has changed then.
         """
         async with self._changing:
             places = {(pin.volume_id, pin.path) for pin in pins}
@@ -125,6 +133,13 @@ class Pins:
                 raise errors.UsageError(
                     f"pinned files would take {takes} bytes, and may take {self.most_bytes} at most "
                     f"({MOST:.0%} of the tier that keeps them): unpin others, or give the tier more room"
+                )
+            volumes = {pin.volume_id for pin in pins}
+            own = sum(pin.takes_bytes for pin in (*others, *pins) if pin.volume_id in volumes)
+            if own > self.most_of(owner):
+                raise errors.UsageError(
+                    f"pinned files of this volume would take {own} bytes, and may take {self.most_of(owner)} at most "
+                    f"({MOST:.0%} of its quota): unpin others, or mount with a larger one"
                 )
             await self._change([*others, *pins])
 

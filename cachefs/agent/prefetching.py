@@ -13,7 +13,8 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import trio
 
@@ -24,13 +25,14 @@ from cachefs.metrics import Counters
 from cachefs.prefetch.plan import Plan
 from cachefs.prefetch.ports import Entry, Listed, Outcome, Piece
 from cachefs.prefetch.scheduler import Scheduler, Space, VolumePrefetch
-from cachefs.types import ROOT_INO, FileKind, Ino, ObjectId, ObjectVersion, block_key
+from cachefs.types import ROOT_INO, BlockKey, FileKind, Ino, ObjectId, ObjectVersion, block_key
 from metadata.names import sort_key
 
 log = logging.getLogger(__name__)
 
-ORDERED_SHARE = 0.25
-"""Of the nearest tier: what readers in an order may have ahead of them."""
+ORDERED_SHARE = 0.1
+"""Of the nearest tier: what readers in an order may have ahead of them. Policies keep an eighth for that: if it were
+more, what is read next would leave."""
 FREE_SHARE = 0.75
 """Of what is free in it: what a shuffled epoch may have."""
 LOOK_S = 0.25
@@ -38,6 +40,7 @@ LOOK_S = 0.25
 LISTINGS = 8
 """Listings ahead at a time, of all volumes."""
 PARENTS_KEPT = 4096
+UNLIMITED = 1 << 62
 FORGET_S = 60.0
 """After so long without a mount, what was learned of a volume is forgotten."""
 
@@ -145,7 +148,10 @@ class Prefetching:
         if self._given_up:
             return
         try:
-            self._of(volume).note(begun)
+            prefetch = self._of(volume)
+            prefetch.note(begun)
+            if prefetch.planner.plan is not None:
+                self._cache.reorder(_blocks_of(volume, begun, self._cache.block_size))
         except Exception as error:  # noqa: BLE001 - readers do without it
             self._give_up(error)
         self._wake()
@@ -163,6 +169,7 @@ class Prefetching:
             prefetch = VolumePrefetch(names, Blocks(self._cache, volume), self._cache.block_size, self._counters)
             prefetch.on_over = self._wake
             prefetch.on_gone = functools.partial(self._gone, volume)
+            prefetch.own_space = functools.partial(self._quota_space, volume)
             self._volumes[volume] = prefetch
             self._scheduler.volumes.append(prefetch)
         return prefetch
@@ -211,12 +218,27 @@ class Prefetching:
         if now - self._looked_at > LOOK_S:
             tiers = self._cache.stats()
             nearest = tiers["shm"] if tiers["shm"]["state"] != "off" else tiers["disk"]
-            limit, used = nearest["limit_bytes"], nearest["used_bytes"]
+            limit, used = nearest["usable_bytes"], nearest["used_bytes"]
             if nearest["state"] == "full":
                 limit = used  # it takes no more than it has
-            self._known_space = Space(int(ORDERED_SHARE * limit), int(FREE_SHARE * max(0, limit - used)))
+            far = tiers["disk"] if nearest is tiers["shm"] else None
+            self._known_space = Space(
+                int(ORDERED_SHARE * limit), int(FREE_SHARE * max(0, limit - used)), _free_behind(far, used)
+            )
             self._looked_at = now
         return self._known_space
+
+    def _quota_space(self, volume: Volume) -> Space | None:
+        """Return how much of its quotas a volume may fill ahead; None where it has none."""
+        limits = self._cache.limits_of(volume.owner)
+        quotas = [
+            (limit["quota_bytes"], limit["used_bytes"] or 0) if limit["quota_bytes"] else (UNLIMITED, 0)
+            for limit in limits.values()
+        ]
+        if all(quota == UNLIMITED for quota, _ in quotas):
+            return None
+        free = [int(FREE_SHARE * max(0, quota - used)) for quota, used in quotas]
+        return Space(int(ORDERED_SHARE * quotas[0][0]), free[0], free[-1])
 
     # -- names ---------------------------------------------------------------------------------------------------------
 
@@ -248,3 +270,16 @@ class Prefetching:
         finally:
             self._listings -= 1
             self._wake()
+
+
+def _blocks_of(volume: Volume, begun: Sequence[tuple[int, int]], block_size: int) -> list[BlockKey]:
+    names = KnownNames(volume, block_size)
+    versions = ((names.version(Ino(ino)), block) for ino, block in begun)
+    return [block_key(version[0], block) for version, block in versions if version is not None]
+
+
+def _free_behind(far: Mapping[str, Any] | None, near_bytes: int) -> int:
+    """Return how much of the tier behind the nearest one is free, when all of that one will go there as well."""
+    if far is None or far["state"] != "on":
+        return 0
+    return max(0, int(FREE_SHARE * (far["usable_bytes"] - far["used_bytes"])) - near_bytes)

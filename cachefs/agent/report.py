@@ -60,7 +60,8 @@ class Report:
             used, objects = volume.writer.reader.counts()
             described[volume.volume_id] = {
                 "source": volume.source, "objects": objects, "bytes": used,
-                "hidden_keys": volume.writer.reader.hidden(), "origin": volume.store.now.counters.condition.describe(),
+                "hidden_keys": volume.writer.reader.hidden(), "limits": cache.limits_of(volume.owner),
+                "origin": volume.store.now.counters.condition.describe(),
             }  # fmt: skip
             for mount in list(volume.mounts.values()):
                 mounts[mount.mount_id] = {

@@ -19,16 +19,20 @@ import trio
 from cachefs import __version__, errors
 from cachefs.agent import framing, messages
 from cachefs.agent.errands import Errands
+from cachefs.agent.limits import VolumeLimits
 from cachefs.agent.sender import Sender
 from cachefs.agent.volumes import AttachedMount, FileVersion, Volume, Volumes
 from cachefs.block.block_cache import BlockCache, Priority
+from cachefs.block.budget import CARRIED_TIMES
 from cachefs.block.flights import Answer, Filled
+from cachefs.block.holdings import NOBODY
 from cachefs.types import BlockKey, Ino, Tier
 
 log = logging.getLogger(__name__)
 
 RECEIVE_BYTES = 256 << 10
 MAX_FILL_BLOCKS = 256
+MAX_RANGE_BYTES = 8 << 20
 
 
 class Server:
@@ -59,6 +63,9 @@ class Server:
         self._token = trio.lowlevel.current_trio_token()
         self.begun: Callable[[Volume, Sequence[tuple[int, int]]], None] | None = None
         """Who wants to know which files readers begin: (inode number, block); None: nobody."""
+        self.limits: VolumeLimits | None = None
+        self.learn_holdings: Callable[[], None] = lambda: None
+        """Called when limits may be new."""
         self.touched_at = time.monotonic()
         self.connections = 0
         """Open ones: a mount that is still being checked is not attached, and yet needs this agent."""
@@ -126,14 +133,20 @@ class _Connection:
         match request:
             case messages.Fill():
                 self._start_fill(request)
+            case messages.FetchRange():
+                if self._nursery is not None:
+                    self._nursery.start_soon(self._fetch_range, request)
             case messages.Readahead():
                 self._start_readahead(request)
+            case messages.RangeAhead():
+                self._start_range_ahead(request)
             case messages.Begun():
                 if self.volume is not None and self._server.begun is not None:
                     self._server.begun(self.volume, request.files)
             case messages.Touched():
                 keys = [BlockKey(key) for key in request.keys]
-                self._server.cache.touch(keys, request.disk_hits, request.disk_hit_bytes)
+                owner = NOBODY if self.volume is None else self.volume.owner
+                self._server.cache.touch(keys, request.disk_hits, request.disk_hit_bytes, owner)
             case messages.Counters():
                 if self._mount is not None:
                     self._mount.counters = request.values
@@ -188,6 +201,7 @@ class _Connection:
             self._mount = AttachedMount(
                 request.mount_id, request.mountpoint, request.pid, request.version, request.protocol
             )
+            await self._limit(volume, request)
             volume.mounts[id(self)] = self._mount
             self._server.mounts_changed()
             log.info("mount %s attached (worker %d, cachefs %s)", request.mountpoint, request.pid, request.version)
@@ -199,6 +213,7 @@ class _Connection:
             disk_path=self._server.disk_path,
             shm_limit_bytes=self._server.cache.shm_limit_bytes,
             begun=self._server.begun is not None,
+            ranges=True,
             metadata_path=volume.writer.path,
             volume_id=volume.volume_id,
             endpoint=volume.store.endpoint,
@@ -207,6 +222,13 @@ class _Connection:
             lineage=volume.writer.reader.lineage,
             notices=notices,
         )
+
+    async def _limit(self, volume: Volume, request: messages.Attach) -> None:
+        """Let the newest mount of a volume say what it may do in the tiers."""
+        limits, asked = self._server.limits, request.volume.get("limits")
+        if limits is not None and asked is not None:
+            await limits.ask(volume.owner, volume.source, asked, request.mounted_at_s)
+            self._server.learn_holdings()
 
     async def _resolve(self, request: messages.Resolve) -> messages.Answer:
         found = await self._attached().resolver.resolve(Ino(request.parent), request.name)
@@ -235,7 +257,7 @@ class _Connection:
         else:
             self._reply(_filled(request.id, outcome))
 
-    async def _failed(self, request: messages.Fill, error: Exception) -> messages.Answer:
+    async def _failed(self, request: messages.Fill | messages.FetchRange, error: Exception) -> messages.Answer:
         if isinstance(error, errors.StaleObject):
             await self._attached().ask_again(Ino(request.ino))
         raise error
@@ -253,6 +275,40 @@ class _Connection:
                 await self._sender.deliver(frame)
         except Exception as error:  # noqa: BLE001 - as in `_run`
             await self._run(request.id, self._failed(request, error))
+
+    async def _fetch_range(self, request: messages.FetchRange) -> None:
+        """Answer with a range of a file: as `_fill_inline`, whether or not there is a shm tier."""
+        cache = self._server.cache
+        try:
+            volume, file, length = self._asked_range(request)
+            if length <= 0:
+                raise errors.ProtocolError(f"a range that is none: {request.length} bytes from {request.offset}")
+            async with cache.carriage.room(self, length * CARRIED_TIMES):
+                payload = await cache.read_range(
+                    file.oid, file.version, volume.blocks_from, volume.store, request.offset, length, request.fresh
+                )
+                frame = framing.encode_large(messages.FetchedRange(id=request.id, payload=bytes(payload)), length)
+                del payload
+                await self._sender.deliver(frame)
+        except Exception as error:  # noqa: BLE001 - as in `_run`
+            await self._run(request.id, self._failed(request, error))
+
+    def _start_range_ahead(self, request: messages.RangeAhead) -> None:
+        try:
+            volume, file, length = self._asked_range(request)
+            if length > 0:
+                self._server.cache.ranges.ahead(file.oid, file.version, volume.store, request.offset, length)
+        except errors.CachefsError as error:
+            log.debug("reading a range ahead: %s", error)
+        except Exception:
+            log.exception("reading a range ahead failed")
+
+    def _asked_range(self, request: messages.FetchRange | messages.RangeAhead) -> tuple[Volume, FileVersion, int]:
+        """Return which file is meant, and how much of the range asked for there is (as much as one answer takes)."""
+        volume = self._attached()
+        file = volume.file(Ino(request.ino), self._server.block_size)
+        left = file.version.size - request.offset if request.offset >= 0 else 0
+        return volume, file, min(request.length, left, MAX_RANGE_BYTES)
 
     def _start_readahead(self, request: messages.Readahead) -> None:
         try:

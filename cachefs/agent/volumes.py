@@ -25,6 +25,8 @@ import xxhash
 
 from cachefs import errors
 from cachefs.agent.current_store import CurrentStore
+from cachefs.agent.limits import owner_number
+from cachefs.block.holdings import NOBODY
 from cachefs.block.ports import BlockSource
 from cachefs.config import CacheConfig, MetadataConfig, PeerConfig, S3Config, from_plain
 from cachefs.store.open import open_store, parse_source
@@ -104,6 +106,8 @@ class Volume:
         nursery: trio.Nursery,
         sources: Callable[[], Sources],
     ) -> None:
+        self.owner = owner_number(store.endpoint, store.bucket, prefix)
+        """How the tiers know it."""
         self.volume_id = volume_id
         self.source = source
         self.prefix = prefix
@@ -182,6 +186,16 @@ class Volumes:
         self.handicaps: Callable[[], list[str]] = list
         """What this agent cannot do: to be said to whoever mounts."""
         self.by_id: dict[str, Volume] = {}
+        self._owners: dict[object, int] = {}
+
+    def owner_of(self, source: BlockSource) -> int:
+        """Return the number of the volume whose blocks come from there (NOBODY: of none). Trio thread."""
+        store = getattr(source, "store", source)  # peers stand before the store of a volume
+        owner = self._owners.get(store)
+        if owner is None:
+            self._owners = {volume.store: volume.owner for volume in self.by_id.values()}
+            owner = self._owners.get(store, NOBODY)
+        return owner
 
     async def attach(
         self, plain: Mapping[str, Any], environment: Mapping[str, str], *, check: bool, mounted_at_s: float = 0.0

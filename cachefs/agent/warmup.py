@@ -29,7 +29,7 @@ from cachefs.agent.volumes import FileVersion
 from cachefs.block.block_cache import BlockCache
 from cachefs.metrics import Counters
 from cachefs.prefetch.ports import Outcome, Piece
-from cachefs.types import PART_BYTES, BlockKey, Ino, block_key
+from cachefs.types import PART_BYTES, BlockKey, Ino, Tier, block_key
 
 MIB = 1 << 20
 MOST_BYTES, LEAST_BYTES = 64 * MIB, 8 * MIB
@@ -102,14 +102,15 @@ class Bringing:
                 if there:
                     self._figures.there_bytes += size
                 else:
-                    await self._ask(_Asked(ino, Piece(file.oid, file.version, indexes[0], len(indexes)), size))
+                    piece = Piece(file.oid, file.version, indexes[0], len(indexes), self._job.tier)
+                    await self._ask(_Asked(ino, piece, size))
             start = stop
         if here:
             self._cache.touch(here)  # what is wanted soon must not leave while the rest comes
 
     def _is_there(self, file: FileVersion, here: list[BlockKey], index: int) -> bool:
         key = block_key(file.oid, index)
-        if self._cache.has(key) is None:
+        if not is_there(self._cache, key, self._job.tier):
             return False
         here.append(key)
         return True
@@ -139,7 +140,7 @@ class Bringing:
         self._open_pieces += len(batch)
         self._open_bytes += sum(asked.size for asked in batch)
         pieces = [asked.piece for asked in batch]
-        self._cache.prefetch(pieces, self._job.volume.blocks_from, functools.partial(self._done, batch))
+        self._cache.prefetch(pieces, self._job.blocks_from, functools.partial(self._done, batch))
 
     def _retry(self) -> None:
         now = trio.current_time()
@@ -225,9 +226,10 @@ class WarmUp:
 
     async def run(self, job: Job, spool: Spool) -> None:
         """Bring the files of a job, then look whether all are there. Raises StorageUnavailable, UsageError."""
-        job.capacity_bytes = capacity(self._cache)
+        job.capacity_bytes = self._cache.capacity_bytes(job.volume.owner, job.tier)
         if not job.capacity_bytes and job.figures.blocks:
-            raise errors.StorageUnavailable("both tiers are off: there is nothing to bring it to", retryable=False)
+            what = "both tiers are" if job.tier is None else f"the {job.tier} tier is"
+            raise errors.StorageUnavailable(f"{what} off: there is nothing to bring it to", retryable=False)
         if job.figures.needs_bytes > job.capacity_bytes:
             await job.ask()
         job.state = State.FETCHING
@@ -238,7 +240,8 @@ class WarmUp:
     @asynccontextmanager
     async def _staying(self, job: Job) -> AsyncIterator[Crowd | None]:
         """Keep what a job brings until it is over, if there is room for that beside what is pinned."""
-        if job.figures.needs_bytes + self._pins.takes_bytes > self._pins.most_bytes:
+        most_bytes = self._pins.most_of(job.volume.owner)
+        if job.figures.needs_bytes + self._pins.takes_bytes > most_bytes:
             yield None
             return
         crowd = Crowd(job.figures.files)
@@ -254,18 +257,18 @@ class WarmUp:
 async def check(cache: BlockCache, job: Job, spool: Spool) -> None:
     """Look which blocks are in no tier."""
     job.state = State.CHECKING
-    job.capacity_bytes = capacity(cache)
+    job.capacity_bytes = cache.capacity_bytes(job.volume.owner, job.tier)
     figures = job.figures
     checking = job.verb == "check"
 
     async def look(ino: Ino, file: FileVersion) -> None:
         keys = [block_key(file.oid, index) for index in range(file.blocks)]
-        missing = [key for key in keys if cache.has(key) is None]
+        missing = [key for key in keys if not is_there(cache, key, job.tier)]
         for _ in range(LOOK_AGAIN):  # the index may say no for the instant in which it moves a block
             if not missing or figures.missing_files > MOST_PIECES:
                 break
             await trio.sleep(LOOK_AGAIN_S)
-            missing = [key for key in missing if cache.has(key) is None]
+            missing = [key for key in missing if not is_there(cache, key, job.tier)]
         if checking:
             lost = _bytes(file, [int.from_bytes(key[-4:], "big") for key in missing], cache.block_size)
             figures.done_files += 1
@@ -274,15 +277,16 @@ async def check(cache: BlockCache, job: Job, spool: Spool) -> None:
         if missing:
             figures.missing_files += 1
             figures.missing_blocks += len(missing)
-            job.blame(ino, f"{len(missing)} of {file.blocks} blocks are in no tier")
+            where = "in no tier" if job.tier is not Tier.SHM else "not in the shm tier"
+            job.blame(ino, f"{len(missing)} of {file.blocks} blocks are {where}")
 
     await job.each(spool, look)
 
 
-def capacity(cache: BlockCache) -> int:
-    """Return how many bytes the tiers hold together: what is in the shm tier is in the disk tier too, in the end."""
-    stats = cache.stats()
-    return max(stats[name]["limit_bytes"] if stats[name]["state"] != "off" else 0 for name in ("shm", "disk"))
+def is_there(cache: BlockCache, key: BlockKey, tier: Tier | None) -> bool:
+    """Whether a block is where a job wants it. What is in the shm tier is on its way to the disk tier."""
+    place = cache.has(key)
+    return place is Tier.SHM if tier is Tier.SHM else place is not None
 
 
 def _bytes(file: FileVersion, indexes: Sequence[int], block_size: int) -> int:

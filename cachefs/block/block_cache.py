@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any, Self
 
 import trio
@@ -32,10 +32,12 @@ from cachefs.block.budget import CARRIED_TIMES, Budget
 from cachefs.block.bulk import Bulk, Done
 from cachefs.block.carriage import Carriage
 from cachefs.block.flights import Answer, Filled, Flight, Waiting, ranges_of
+from cachefs.block.holdings import NOBODY
 from cachefs.block.jobs import Jobs
 from cachefs.block.lane import Priority
 from cachefs.block.lmdb_tier import TierWriter
 from cachefs.block.ports import BlockSource
+from cachefs.block.ranges import Ranges, cut
 from cachefs.block.tier_figures import describe_tiers
 from cachefs.metrics import Counters
 from cachefs.prefetch.ports import Piece
@@ -73,11 +75,12 @@ class BlockCache:
             self._jobs,
             has=self.has,
             keeps=lambda: self._open and self._keeps,
-            take_off=lambda oid, version, source, indexes: self._take_off(
-                oid, version, source, indexes, False, Priority.PREFETCH
+            take_off=lambda oid, version, source, indexes, to: self._take_off(
+                oid, version, source, indexes, False, Priority.PREFETCH, to
             )[0],
         )
         self._flights, self._mover, self._spiller = self._jobs.flights, self._jobs.mover, self._jobs.spiller
+        self.ranges = Ranges(lambda: self._jobs.origin, counters)
         self._stack = AsyncExitStack()
         self._threads = trio.CapacityLimiter(4)
         self._payload_threads = trio.CapacityLimiter(4)
@@ -105,6 +108,7 @@ class BlockCache:
         self._nursery.cancel_scope.cancel()
         await self._stack.aclose()
         self._jobs.land(list(self._flights.values()), errors.AgentUnavailable("the agent is stopping"))
+        self.ranges.give_up(errors.AgentUnavailable("the agent is stopping"))
         if self.flush_at_exit and self._spiller is not None:
             with trio.CancelScope(shield=True):
                 await self._spiller.adopt()  # also what jobs have committed that were not waited for
@@ -176,6 +180,27 @@ class BlockCache:
             flight.watch(waiting)
         waiting()
 
+    async def read_range(
+        self,
+        oid: ObjectId,
+        version: ObjectVersion,
+        source: BlockSource,
+        past: BlockSource,
+        start: int,
+        length: int,
+        fresh: bool = False,
+    ) -> bytes | memoryview:
+        """Return bytes of blocks there, or coming (of `source`), else, or if `fresh`, of `past`. Raises as they do."""
+        if not self._open:
+            raise errors.AgentUnavailable("the block cache is closed")
+        first, last = start // self.block_size, (start + length - 1) // self.block_size
+        keys = [block_key(oid, index) for index in range(first, last + 1)]
+        if not fresh and all(key in self._flights or self.has(key) is not None for key in keys):
+            filled = await self.fill(oid, version, source, first, last - first + 1, inline=True)
+            if (piece := cut(filled, start - first * self.block_size, length)) is not None:
+                return piece
+        return await self.ranges.read(oid, version, past, start, length)
+
     def prefetch(self, pieces: Sequence[Piece], source: BlockSource, done: Done) -> None:
         """Bring what is in no tier and not under way, behind all readers; small objects many at a time.
 
@@ -229,9 +254,9 @@ class BlockCache:
         tiers = ((Tier.SHM, self._shm), (Tier.DISK, self._disk))
         return {name: 0 if tier is None else sum(key in tier for key in keys) for name, tier in tiers}
 
-    def touch(self, keys: Iterable[bytes], disk_hits: int = 0, disk_hit_bytes: int = 0) -> None:
+    def touch(self, keys: Iterable[bytes], disk_hits: int = 0, disk_hit_bytes: int = 0, owner: int = NOBODY) -> None:
         """Workers answered these blocks from the tiers in the last second (they report once a second), and have read so
-        many from the disk tier themselves.
+        many from the disk tier themselves. `owner`: their volume, if that is known.
         """
         if disk_hits:
             self._counters.add(metrics.DISK_HITS.name, disk_hits)
@@ -240,7 +265,42 @@ class BlockCache:
         known = [BlockKey(key) for key in keys]
         for tier in (self._shm, self._disk):
             if tier is not None:
-                tier.touch(known)
+                tier.touch(known, owner)
+        if self._spiller is not None:
+            self._spiller.note_reads(known)
+
+    def reorder(self, keys: Sequence[BlockKey]) -> None:
+        """A plan names other reads of these blocks by now: each tier puts them where they belong."""
+        for tier in (self._shm, self._disk):
+            if tier is not None and tier.is_planned:
+                tier.touch([key for key in keys if key in tier])
+
+    def capacity_bytes(self, owner: int = NOBODY, only: Tier | None = None) -> int:
+        """Return how many bytes the tiers (or `only` this one) can hold of a volume, with its quotas: what is in the
+        shm tier is in the disk tier too, in the end.
+        """
+        limits = [
+            min(tier.limit_bytes, tier.limit_of(owner).quota_bytes or tier.limit_bytes)
+            for tier in (self._shm, self._disk)
+            if tier is not None and tier.state != "off" and only in (None, tier.tier)
+        ]
+        return max(limits, default=0)
+
+    def know_owners(self, owner_of: Callable[[BlockSource], int]) -> None:
+        """Tell the volume of a source in this way (`cachefs.block.holdings`); before, all are NOBODY's."""
+        self._jobs.owner_of = owner_of
+
+    def limits_of(self, owner: int) -> dict[str, dict[str, Any]]:
+        """Return quota, time to live and what is held ("used_bytes"; None without a quota) of a volume, by tier."""
+        return {
+            str(name): {
+                "quota_bytes": tier.limit_of(owner).quota_bytes,
+                "used_bytes": tier.held_by(owner),
+                "ttl_s": tier.limit_of(owner).ttl_s,
+            }
+            for name, tier in ((Tier.SHM, self._shm), (Tier.DISK, self._disk))
+            if tier is not None
+        }
 
     @property
     def shm_limit_bytes(self) -> int:
@@ -275,9 +335,11 @@ class BlockCache:
         indexes: range,
         inline: bool,
         priority: Priority,
+        to: Tier | None = None,
     ) -> tuple[list[Flight], list[Filled]]:
-        """Return the flights to wait for (own and joined) and the blocks that are there already."""
+        """Return the flights to wait for (own and joined) and the blocks that are there already. `to`: see `Piece`."""
         line = source.route(version, indexes.start * self.block_size)  # of most of them: a window is within few parts
+        owner = self._jobs.owner_of(source)
         flights: list[Flight] = []
         ready: list[Filled] = []
         from_disk: list[Flight] = []
@@ -296,10 +358,11 @@ class BlockCache:
                 continue
             if place is Tier.DISK and not (priority is Priority.DEMAND or self._mover.in_shm):
                 continue  # it is as near as it can come
-            if place is Tier.DISK and priority is Priority.PREFETCH:
+            if place is Tier.DISK and priority is Priority.PREFETCH and to is not Tier.SHM:
                 continue  # near enough
-            wanted = priority is Priority.DEMAND
-            flight = Flight(key, index, self._mover.length(version, index), inline=inline, wanted=wanted)
+            wanted, length = priority is Priority.DEMAND, self._mover.length(version, index)
+            flight = Flight(key, index, length, inline=inline, wanted=wanted, straight=to is Tier.DISK)
+            flight.owner = owner
             (from_disk if place is Tier.DISK else from_origin).append(flight)
         if priority is Priority.READAHEAD:
             self._counters.add(metrics.READAHEAD_BLOCKS.name, len(from_disk) + len(from_origin))
@@ -313,7 +376,7 @@ class BlockCache:
             self._jobs.promote(version, source, group, priority)
         self._jobs.fetch_all(version, source, from_origin, priority)
         if ready and priority is not Priority.PREFETCH:
-            self.touch([block_key(oid, block.index) for block in ready])
+            self.touch([block_key(oid, block.index) for block in ready], owner=owner)
         return flights + from_disk + from_origin, ready
 
     def _join(self, flight: Flight, inline: bool, priority: Priority) -> Flight:
@@ -326,6 +389,11 @@ class BlockCache:
 
     # -- background ----------------------------------------------------------------------------------------------------
 
+    @property
+    def spill_paused(self) -> AbstractAsyncContextManager[None]:
+        """A context in which nothing is on its way from the shm tier to the disk tier."""
+        return contextlib.nullcontext() if self._spiller is None else self._spiller.paused
+
     async def flush_spill(self) -> None:
         """Write everything that is in the shm tier only to the disk tier."""
         if self._spiller is not None:
@@ -337,3 +405,5 @@ class BlockCache:
             for tier in (self._shm, self._disk):
                 if tier is not None:
                     await trio.to_thread.run_sync(tier.maintain, limiter=self._threads)
+            if self._spiller is not None:
+                await self._spiller.follow()

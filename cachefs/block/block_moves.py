@@ -136,8 +136,10 @@ class BlockMover:
                 return
             self._counters.add(metrics.DISK_HITS.name)
             self._counters.add(metrics.DISK_HIT_BYTES.name, flight.length)
-            self._disk.touch([flight.key])
-            stored = self._into_shm([(flight.key, value)], ahead=not flight.wanted)
+            self._disk.touch([flight.key], flight.owner)
+            stored = self._into_shm([(flight.key, value)], flight.owner, ahead=not flight.wanted)
+            if stored and flight.wanted and self._shm is not None and self._disk.is_full:
+                self._shm.part_with([flight.key])
             flight.source = Tier.DISK
             self._end(flight, value, stored=stored)
 
@@ -186,15 +188,28 @@ class BlockMover:
             if lengths:
                 self._counters.add(blocks_.name, len(lengths))
                 self._counters.add(bytes_.name, sum(lengths))
-        blocks = [(flight.key, value) for flight, value in zip(flights, values, strict=True)]
-        stored = self._into_shm(blocks, ahead=not any(flight.wanted for flight in flights))
+        pairs = list(zip(flights, values, strict=True))
+        straight = [pair for pair in pairs if pair[0].straight and not pair[0].wanted]
+        blocks = [(flight.key, value) for flight, value in straight]
+        if straight and self._into_disk(blocks, straight[0][0].owner, ahead=True):
+            for flight, value in straight:
+                self._end(flight, value, stored=False)
+            pairs = [pair for pair in pairs if not pair[0].over]
+        if pairs:
+            self._keep_near(pairs, in_shm_only)
+
+    def _keep_near(self, pairs: Sequence[tuple[Flight, Bytes]], in_shm_only: list[BlockKey]) -> None:
+        """Commit to the shm tier or, when that takes none, to the disk tier."""
+        blocks = [(flight.key, value) for flight, value in pairs]
+        owner = pairs[0][0].owner  # all of them come from one source
+        stored = self._into_shm(blocks, owner, ahead=not any(flight.wanted for flight, _ in pairs))
         if stored:
-            in_shm_only += [flight.key for flight in flights]
+            in_shm_only += [flight.key for flight, _ in pairs]
         else:
-            kept = self._into_disk(blocks)
-            for flight in flights:
+            kept = self._into_disk(blocks, owner)
+            for flight, _ in pairs:
                 flight.kept = kept
-        for flight, value in zip(flights, values, strict=True):
+        for flight, value in pairs:
             self._end(flight, value, stored=stored)
 
     def _end(self, flight: Flight, value: Bytes, *, stored: bool) -> None:
@@ -205,22 +220,22 @@ class BlockMover:
                 self._counters.add(metrics.FILLS_INLINE.name)
         flight.end()
 
-    def _into_shm(self, values: Sequence[tuple[BlockKey, Bytes]], *, ahead: bool = False) -> bool:
+    def _into_shm(self, values: Sequence[tuple[BlockKey, Bytes]], owner: int, *, ahead: bool = False) -> bool:
         if self._shm is None:
             return False
         try:
-            self._shm.put_values(values, self._demote, ahead=ahead)
+            self._shm.put_values(values, self._demote, ahead=ahead, owner=owner)
         except errors.TierUnavailable:
             self.in_shm = False
             return False  # the tier has warned and counted
         self.in_shm = True
         return True
 
-    def _into_disk(self, values: Sequence[tuple[BlockKey, Bytes]]) -> bool:
+    def _into_disk(self, values: Sequence[tuple[BlockKey, Bytes]], owner: int, *, ahead: bool = False) -> bool:
         if self._disk is None:
             return False
         try:
-            self._disk.put_values(values)
+            self._disk.put_values(values, ahead=ahead, owner=owner)
         except errors.TierUnavailable:
             self.on_disk = False  # the tier has warned and counted
         else:

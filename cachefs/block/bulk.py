@@ -179,7 +179,7 @@ class Batch:
     def _kept(self, flights: Sequence[Flight], in_shm_only: Sequence[BlockKey]) -> None:
         unknown = errors.StorageUnavailable("keeping the block failed in an unknown way", retryable=False)
         self._jobs.land(flights, unknown)  # those that are over are not touched by it
-        self._jobs.spill_later(in_shm_only)
+        self._jobs.spill_later(in_shm_only, flights[0].owner, flights)
 
     def _lost(self, number: int, error: errors.CachefsError) -> None:
         self._jobs.land([self._flights[number]], error)
@@ -296,7 +296,7 @@ class Bulk:
         *,
         has: Callable[[BlockKey], Tier | None],
         keeps: Callable[[], bool],
-        take_off: Callable[[ObjectId, ObjectVersion, BlockSource, range], list[Flight]],
+        take_off: Callable[[ObjectId, ObjectVersion, BlockSource, range, Tier | None], list[Flight]],
     ) -> None:
         """`keeps` says whether any tier takes blocks now, `take_off` makes flights the usual way, and their jobs."""
         self._jobs = jobs
@@ -333,9 +333,14 @@ class Bulk:
         flight = self._jobs.flights.get(key)
         if flight is not None and not flight.over:
             return _Asked(piece, [flight], joined=True)
-        if self._has(key) is not None:
+        place = self._has(key)
+        if place is Tier.DISK and piece.to is Tier.SHM:
+            return _Asked(piece, self._take_off(piece.oid, version, source, range(1), piece.to), joined=False)
+        if place is not None:
             return _Asked(piece, [], joined=False)
-        flight = self._jobs.flights[key] = Flight(key, 0, version.size, inline=False, wanted=False)
+        straight = piece.to is Tier.DISK
+        flight = self._jobs.flights[key] = Flight(key, 0, version.size, inline=False, wanted=False, straight=straight)
+        flight.owner = self._jobs.owner_of(source)
         small.setdefault(source.route(version, 0), []).append((version, flight))
         return _Asked(piece, [flight], joined=False)
 
@@ -344,7 +349,7 @@ class Bulk:
         indexes = range(piece.first, last)
         under_way = (self._jobs.flights.get(block_key(piece.oid, index)) for index in indexes)
         joined = any(flight is not None and not flight.over for flight in under_way)
-        return _Asked(piece, self._take_off(piece.oid, piece.version, source, indexes), joined)
+        return _Asked(piece, self._take_off(piece.oid, piece.version, source, indexes, piece.to), joined)
 
     def _submit(self, route: BlockSource, wanted: Sequence[tuple[ObjectVersion, Flight]], token: Token) -> None:
         batch = Batch(route, wanted, self._jobs, token)

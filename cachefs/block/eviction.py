@@ -75,6 +75,11 @@ class LruPolicy:
         """Whether a block would stay: each new one is the newest."""
         return True
 
+    @property
+    def is_stable(self) -> bool:
+        """It never keeps a part for long."""
+        return False
+
     def size_of(self, key: BlockKey) -> int:
         """Return 0: sizes do not count here."""
         return 0

@@ -54,20 +54,27 @@ class Flight:
     """
 
     __slots__ = (
-        "_watchers", "batch", "error", "index", "inline", "job", "kept", "key", "lane", "length", "over", "payload",
-        "source", "wanted",
+        "_watchers", "batch", "error", "index", "inline", "job", "kept", "key", "lane", "length", "over", "owner",
+        "payload", "source", "straight", "wanted",
     )  # fmt: skip
 
     _lock = threading.Lock()
     """One for all: held for moments only."""
 
-    def __init__(self, key: BlockKey, index: int, length: int, *, inline: bool, wanted: bool) -> None:
-        """`inline`: somebody waits for the bytes, wherever the block is; `wanted`: a reader waits for the block."""
+    def __init__(
+        self, key: BlockKey, index: int, length: int, *, inline: bool, wanted: bool, straight: bool = False
+    ) -> None:
+        """`inline`: somebody waits for the bytes, wherever the block is; `wanted`: a reader waits for the block;
+        `straight`: it goes to the disk tier, not to shm, unless a reader wants it before it comes.
+        """
         self.key = key
         self.index = index
         self.length = length
         self.inline = inline
         self.wanted = wanted
+        self.straight = straight
+        self.owner = 0
+        """Which volume it will count to (`cachefs.block.holdings`)."""
         self.over = False
         self.kept = True
         """Whether a tier has it, when it is over without an error."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import trio
 
@@ -24,6 +24,7 @@ from cachefs import errors, metrics
 from cachefs.block.block_moves import BlockMover
 from cachefs.block.budget import LEAST_BUDGET, REQUEST_BYTES
 from cachefs.block.flights import Flight, ranges_of
+from cachefs.block.holdings import NOBODY
 from cachefs.block.lane import Job, Lane, Priority
 from cachefs.block.lmdb_tier import TierWriter
 from cachefs.block.ports import BlockSource
@@ -49,6 +50,8 @@ class Jobs:
         self.flights: dict[BlockKey, Flight] = {}
         self.quiet_since = -math.inf
         """Since when nobody has read; in the future when somebody reads what is there."""
+        self.owner_of: Callable[[BlockSource], int] = lambda source: NOBODY
+        """Which volume has a source (`cachefs.block.holdings`)."""
         self.spiller: Spiller | None = None
         if shm is not None and disk is not None:
             self.spiller = Spiller(shm, disk, counters, lambda: math.inf if self.flights else self.quiet_since)
@@ -80,10 +83,11 @@ class Jobs:
                 flight.end()
             flight.job = flight.lane = None  # a circle would keep the bytes until somebody collects garbage
 
-    def spill_later(self, keys: Sequence[BlockKey]) -> None:
-        """These blocks are in the shm tier only."""
+    def spill_later(self, keys: Sequence[BlockKey], owner: int, flights: Sequence[Flight]) -> None:
+        """These blocks of a volume are in the shm tier only."""
         if self.spiller is not None:
-            self.spiller.add(keys)
+            unread = {flight.key for flight in flights if not flight.wanted}
+            self.spiller.add(keys, owner, unread=unread)
 
     def submit_to_tiers(self, job: Job) -> None:
         """Run something that works with the tiers in a thread."""
@@ -137,7 +141,7 @@ class Jobs:
             if priority is Priority.DEMAND:
                 self.quiet_since = trio.current_time()
             if in_shm_only:
-                self.spill_later(in_shm_only)
+                self.spill_later(in_shm_only, flights[0].owner, flights)
 
         job = Job(work, finished, self.mover.memory(flights) + REQUEST_BYTES, priority)
         for flight in flights:

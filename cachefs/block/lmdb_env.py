@@ -1,7 +1,9 @@
 """The LMDB environment below a tier, the block cache's only module that knows LMDB.
 
 Three databases in one environment: the unnamed one maps block keys to values (`cachefs.block.codec`); `index` maps the
-same keys to (first page, length) of the value; `state` names the format and the block size.
+same keys to (first page, length) of the value; `state` names the format and the block size, and has a note beside each
+block of which volume it is and when it was stored or last read (`cachefs.block.holdings`). Whoever does not know such
+notes passes over them, so they needed no other format; a block without one belongs to nobody.
 
 Why the index: py-lmdb touches every page of a value that it returns, so a cold value would come page by page
 through the map (56 MB/s measured). A long value lies in consecutive pages that never move while it exists, and its
@@ -39,6 +41,13 @@ MAX_READERS = 500
 LEAST_ALIGNED = 32 * HUGE_PAGE
 RECORD = struct.Struct("<QI")
 """A record of the index: first page (0: the value is no piece of its own), length of the value."""
+NOTE = struct.Struct("<QI")
+"""A note in `state`: the owner of a block, and seconds since the epoch."""
+NOTE_PREFIX = b"o"
+"""Before the key of the block; no other key of `state` begins with it."""
+SCANNED_NOTES = 4096
+NO_MORE = b"\xff" * (KEY_SIZE + 1)
+"""Behind every key."""
 PINNED: dict[str, Any] = {"lib_version": 0} if hasattr(lmdb.Environment, "lib_version") else {}
 """lmdb 3 can write two file formats; this is the one that every version reads."""
 _DAMAGE = (
@@ -180,6 +189,16 @@ class BlockEnvironment:
                     raise errors.CorruptBlock("its index has a foreign record")
                 yield BlockKey(bytes(key)), RECORD.unpack(record)[1]
 
+    def scan_with_owners(self) -> Iterator[tuple[BlockKey, int, int]]:
+        """As `scan`, with the owner of each block (0: nobody's)."""
+        place, owners = b"", dict[BlockKey, int]()
+        for key, length in self.scan():
+            while key > place:  # both are in the order of keys
+                notes = self.notes(place, SCANNED_NOTES)
+                owners = {noted: owner for noted, owner, _ in notes}
+                place = notes[-1][0] if len(notes) == SCANNED_NOTES else NO_MORE
+            yield key, length, owners.get(key, 0)
+
     def length(self, key: BlockKey) -> int | None:
         """Return the length of a block's value, or None."""
         with _translated("the index cannot be read"), self._env.begin(db=self._index) as txn:
@@ -238,9 +257,12 @@ class BlockEnvironment:
         finally:
             txn.abort()
 
-    def write(self, values: Iterable[tuple[BlockKey, Bytes]]) -> None:
-        """Commit blocks' values in one transaction. When it raises, nothing changed."""
+    def write(self, values: Iterable[tuple[BlockKey, Bytes]], owner: int = 0, now_s: int = 0) -> None:
+        """Commit blocks' values in one transaction, noted as those of `owner` (0: nobody's). When it raises, nothing
+        changed.
+        """
         self._check_length()
+        note = NOTE.pack(owner, now_s) if owner else None
         with _translated("blocks cannot be written"), self._env.begin(write=True, buffers=True) as txn:
             last_page = (1 << 48) // PAGE_SIZE
             for key, value in values:
@@ -251,6 +273,8 @@ class BlockEnvironment:
                     page = first_page(stored, last_page) if stored is not None else 0
                     del stored
                 txn.put(key, RECORD.pack(page, len(value)), db=self._index)
+                if note is not None:
+                    txn.put(NOTE_PREFIX + key, note, db=self._state)
         self._known_end = self.end
 
     def delete(self, keys: Sequence[BlockKey]) -> list[tuple[BlockKey, int]]:
@@ -261,10 +285,47 @@ class BlockEnvironment:
             for key in keys:
                 record = txn.pop(key, db=self._index)
                 txn.delete(key)
+                txn.delete(NOTE_PREFIX + key, db=self._state)
                 if record is not None:
                     gone.append((key, RECORD.unpack(record)[1]))
         self._known_end = self.end
         return gone
+
+    def owner(self, key: BlockKey) -> int:
+        """Return whose a block is (0: nobody's)."""
+        [found] = self.notes_of([key])
+        return 0 if found is None else found[0]
+
+    def notes_of(self, keys: Iterable[BlockKey]) -> list[tuple[int, int] | None]:
+        """Return (owner, seconds since the epoch) of each block; None where there is no note."""
+        with _translated("notes cannot be read"), self._env.begin(db=self._state) as txn:
+            found = [txn.get(NOTE_PREFIX + key) for key in keys]
+        return [NOTE.unpack(note) if note is not None and len(note) == NOTE.size else None for note in found]
+
+    def notes(self, after: bytes, count: int) -> list[tuple[BlockKey, int, int]]:
+        """Return up to `count` notes behind the block `after` (b"": from the first): key, owner, seconds since the
+        epoch.
+        """
+        found: list[tuple[BlockKey, int, int]] = []
+        with _translated("notes cannot be read"), self._env.begin(db=self._state) as txn, txn.cursor() as cursor:
+            there = cursor.set_range(NOTE_PREFIX + after + b"\0" if after else NOTE_PREFIX)
+            while there and len(found) < count:
+                key, note = cursor.item()
+                if not key.startswith(NOTE_PREFIX):
+                    break
+                if len(key) == 1 + KEY_SIZE and len(note) == NOTE.size:
+                    owner, at_s = NOTE.unpack(note)
+                    found.append((BlockKey(key[1:]), owner, at_s))
+                there = cursor.next()
+        return found
+
+    def note(self, notes: Iterable[tuple[BlockKey, int, int]]) -> None:
+        """Write notes in one transaction: key, owner, seconds since the epoch. When it raises, nothing changed."""
+        self._check_length()
+        with _translated("notes cannot be written"), self._env.begin(write=True, db=self._state) as txn:
+            for key, owner, at_s in notes:
+                txn.put(NOTE_PREFIX + key, NOTE.pack(owner, at_s))
+        self._known_end = self.end
 
     def tick(self) -> None:
         """Commit something small: pages that were freed two transactions ago become usable."""

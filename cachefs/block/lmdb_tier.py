@@ -23,23 +23,24 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from cachefs import errors
+from cachefs import errors, metrics
 from cachefs.block import codec, tier_files
 from cachefs.block.codec import Bytes
 from cachefs.block.eviction import LruPolicy
 from cachefs.block.faults import Faults
 from cachefs.block.gate import Gate
+from cachefs.block.holdings import NOBODY, Holdings, Limit
 from cachefs.block.ledger import PAGE_SIZE, Ledger, value_cost
 from cachefs.block.lmdb_env import BlockEnvironment, MapFull
 from cachefs.block.policies.choice import Guidance
-from cachefs.block.policies.planned import IsPinned, NextUse
 from cachefs.block.ports import EvictionPolicy
 from cachefs.block.tier_eviction import Demotion, evict
 from cachefs.block.tier_growth import STEP, Growth
 from cachefs.block.tier_opening import open_tier, take_over
+from cachefs.block.tier_order import TREE_BYTES, Order, TierOrder
 from cachefs.metrics import Counters
 from cachefs.types import BlockKey, Tier
 
@@ -51,9 +52,8 @@ OTHER_BYTES = 256 << 10
 """Lock file, stamp and directory: they count to the tier's limit too."""
 GROUP_BYTES = 8 << 20
 GROUP_BLOCKS = 256
-TREE_BYTES_PER_BLOCK = 4 * PAGE_SIZE
-TREE_BYTES = 64 * PAGE_SIZE
-"""What a transaction may take beside its values: copies of tree pages and of the list of free pages."""
+TREE_BYTES_PER_BLOCK = 5 * PAGE_SIZE
+"""What a transaction may take beside its values, and `TREE_BYTES`: copies of tree pages."""
 TRIES = 5
 PAUSE_S = 0.004
 """Between the tries to get free pages; a reader's transaction takes less."""
@@ -63,7 +63,7 @@ RETRY_S = 5.0
 NO_ROOM = "it may take no more of the file system below it, and goes on with less than its limit"
 
 
-class TierWriter:
+class TierWriter(TierOrder):
     """One tier. All methods block, and any thread may call them; `in` and `touch` never wait."""
 
     def __init__(
@@ -76,11 +76,12 @@ class TierWriter:
         counters: Counters,
         policy: Callable[[], EvictionPolicy] = LruPolicy,
         patient: bool = False,
+        limits: Mapping[int, Limit] | None = None,
     ) -> None:
         """Open or begin the tier. What cannot be used is set aside (shm: removed) with one warning.
 
         Raises: TierUnavailable when the limit is too small for a few blocks, or the directory cannot be written (with
-        `patient` it is off then, and tried again).
+        `patient` it is off then, and tried again). `limits`: as `limit` gets them, known before it is opened.
         """
         self.directory = directory.rstrip("/")
         self.tier = tier
@@ -88,6 +89,8 @@ class TierWriter:
         self.block_size = block_size
         self._counters = counters
         self._guidance = Guidance(policy)
+        self._holdings = Holdings(functools.partial(counters.add, metrics.EXPIRED_BLOCKS.name))
+        self._holdings.limits = dict(limits or {})
         block_cost = value_cost(block_size + codec.HEADER_SIZE)
         self._map_size = (limit_bytes - OTHER_BYTES) // PAGE_SIZE * PAGE_SIZE
         if self._map_size < 8 * block_cost:
@@ -95,10 +98,10 @@ class TierWriter:
                 f"a {tier} tier of {limit_bytes} bytes is too small for blocks of {block_size}"
             )
         self._block_cost = block_cost
-        self._lock = threading.RLock()
-        self._gate = Gate()
-        self._ledger = Ledger(policy())
+        self._lock, self._gate = threading.RLock(), Gate()
+        self._ledger = self._new_ledger()
         self._env: BlockEnvironment | None = None
+        self.generation = 0  # how often it was opened: another one has lost what was in it
         self._unusable = self._absent = ""
         """Why it could not be opened yet: what is there may be as good as ever."""
         self._retry_at = self._pause_until = 0.0
@@ -113,6 +116,9 @@ class TierWriter:
 
     # -- opening -------------------------------------------------------------------------------------------------------
 
+    def _new_ledger(self) -> Ledger:
+        return Ledger(self._guidance.policy(), self._holdings.lanes(self._guidance.policy))
+
     def _begin(self) -> None:
         """Open the environment, or begin a new one. Raises TierUnavailable."""
         opened = open_tier(
@@ -120,7 +126,7 @@ class TierWriter:
             self.tier,
             map_size=self._map_size,
             block_size=self.block_size,
-            new_ledger=lambda: Ledger(self._guidance.policy()),
+            new_ledger=self._new_ledger,
             unusable=self._unusable,
         )
         try:
@@ -130,9 +136,11 @@ class TierWriter:
             opened.env.close()
             raise errors.TierUnavailable(f"{self.directory} cannot be written: {error}") from error
         self._env, self._ledger, self._growth = opened.env, opened.ledger, growth
+        self.generation += 1
         self._unusable, self._absent, self._clean = "", "", False
         if opened.former is not None:
-            take_over(opened.former, self.put_values, lambda: self._growth.usable - self._ledger.used_bytes)
+            put = lambda key, value, owner: self.put_values([(key, value)], owner=owner)  # noqa: E731
+            take_over(opened.former, put, lambda: self._growth.usable - self._ledger.used_bytes)
             log.info("the %s tier is smaller now: took over %d blocks", self.tier, len(self._ledger))
 
     # -- reading -------------------------------------------------------------------------------------------------------
@@ -181,36 +189,22 @@ class TierWriter:
         except errors.TierUnavailable as fault:
             self._faults.fault(fault)
 
-    def touch(self, keys: Iterable[BlockKey]) -> None:
-        """Blocks were read: evict them later."""
-        self._ledger.touch(keys)
-
-    def oldest_first(self) -> list[BlockKey]:
-        """Return the keys of all blocks, roughly in the order of their eviction."""
-        with self._lock:
-            self._ledger.settle()
-            return self._ledger.oldest_first()
-
-    def guide(self, *, next_use: NextUse | None = None, is_pinned: IsPinned | None = None) -> None:
-        """Follow this plan and keep these pins from now on (see there); call it again when the answers change."""
-        with self._lock:
-            self._guidance.next_use, self._guidance.is_pinned = next_use, is_pinned
-            self._ledger.guide(self._guidance.apply)
-
-    def admitted(self, keys: Iterable[BlockKey]) -> list[BlockKey]:
-        """Return those of these blocks that are not here, and would be kept for longer than a moment."""
-        with self._lock:
-            self._ledger.settle()
-            return [key for key in keys if key not in self._ledger and self._ledger.admits(key)]
-
     # -- writing -------------------------------------------------------------------------------------------------------
 
     def put_values(
-        self, values: Iterable[tuple[BlockKey, Bytes]], demote: Demotion | None = None, *, ahead: bool = False
+        self,
+        values: Iterable[tuple[BlockKey, Bytes]],
+        demote: Demotion | None = None,
+        *,
+        ahead: bool = False,
+        owner: int = NOBODY,
+        read_at_s: int = 0,
     ) -> None:
         """Commit stored values (see `codec`), in groups; keys that are there are not written again. Evicts first, and
-        calls `demote` before. `ahead`: nobody has asked for them yet. Raises TierUnavailable; earlier groups stay.
+        calls `demote` before. `ahead`: nobody has asked for them yet. `owner`: whose they are; `read_at_s`: when they
+        were read last (0: now). Raises TierUnavailable; earlier groups stay.
         """
+        order = Order(demote, ahead, owner, read_at_s or self._holdings.now_s)
         with self._lock:
             group: dict[BlockKey, Bytes] = {}
             most = room = self._group_bytes()
@@ -219,14 +213,14 @@ class TierWriter:
                     continue
                 cost = value_cost(len(value))
                 if group and (cost > room or len(group) >= GROUP_BLOCKS):
-                    self._write(group, demote, ahead)
+                    self._write(group, order)
                     group, room = {}, most
                 group[key] = value
                 room -= cost
             if group:
-                self._write(group, demote, ahead)
+                self._write(group, order)
 
-    def _write(self, group: dict[BlockKey, Bytes], demote: Demotion | None, ahead: bool) -> None:
+    def _write(self, group: dict[BlockKey, Bytes], order: Order) -> None:
         """Commit one group. Raises TierUnavailable."""
         need = sum(value_cost(len(value)) for value in group.values())
         if self._closed or time.monotonic() < self._pause_until:
@@ -234,30 +228,32 @@ class TierWriter:
         try:
             env = self._usable_environment()
             self._ledger.settle()
-            self._commit(env, group, need, demote)
+            self._commit(env, group, need, order)
         except errors.CorruptBlock as error:
             raise self._give_up(error) from error
         except errors.TierUnavailable as error:
             self._faults.fault(error)
             raise
         for key, value in group.items():
-            self._ledger.add(key, len(value), ahead=ahead)
+            self._ledger.add(key, len(value), ahead=order.ahead, owner=order.owner)
         self._counters.add(f"{self.tier}_writes", len(group))
         self._counters.add(f"{self.tier}_write_bytes", sum(map(len, group.values())))
 
-    def _commit(self, env: BlockEnvironment, group: dict[BlockKey, Bytes], need: int, demote: Demotion | None) -> None:
+    def _commit(self, env: BlockEnvironment, group: dict[BlockKey, Bytes], need: int, order: Order) -> None:
         """Make room and write; while the free pages are too scattered, or still seen by a reader, make more room."""
         growth = need + len(group) * TREE_BYTES_PER_BLOCK + TREE_BYTES
         for attempt in range(TRIES):
             try:
-                self._make_room(need, demote)
+                evict_own = functools.partial(self._evict_own, demote=order.demote)
+                self._holdings.make_room(self._ledger, order.owner, need, evict_own)
+                self._make_room(need, order.demote)
                 if self._may_grow(env, growth):
-                    env.write(group.items())
+                    env.write(group.items(), order.owner, order.read_at_s)
                     return
             except MapFull as error:
                 log.debug("%s: %s", self.tier, error)
                 try:
-                    self._evict(need << attempt, demote)
+                    self._evict(need << attempt, order.demote)
                     env.tick()
                 except MapFull:
                     pass  # even that takes a free page: readers inside of a transaction hold them, for moments only
@@ -292,6 +288,9 @@ class TierWriter:
         """Return what one transaction may write: LMDB uses its pages again only two transactions later."""
         most = 0 if self._env is None else min(GROUP_BYTES, self._growth.slack // 4)
         return max(most, self._block_cost)
+
+    def _has_room(self, size: int) -> bool:
+        return self._env is not None and self._ledger.used_bytes + size <= self._growth.usable
 
     def _make_room(self, need: int, demote: Demotion | None) -> None:
         usable = self._growth.usable
@@ -353,7 +352,7 @@ class TierWriter:
         self._unusable = str(error)
         self._retry_at = time.monotonic() + RETRY_S
         env, self._env = self._env, None
-        self._ledger = Ledger(self._guidance.policy())
+        self._ledger = self._new_ledger()
         with self._gate.closed():
             if env is not None:
                 env.close()
@@ -393,6 +392,7 @@ class TierWriter:
                         self.give_back(0)
                     elif not self._growth.growing:  # a tier that nobody writes to finds room, too
                         self._may_grow(self._env, STEP)
+                    self._guarded(self._tend)
             except errors.CorruptBlock as error:
                 self._give_up(error)
             except errors.TierUnavailable as error:
@@ -439,11 +439,12 @@ class TierWriter:
         return "off" if self._env is None else "on" if self._growth.growing else "full"
 
     def stats(self) -> dict[str, Any]:
-        """Return state, used_bytes, limit_bytes and blocks, and the reason if it is off."""
+        """Return state, used_bytes, limit_bytes, usable_bytes and blocks, and the reason if it is off."""
         reason = {"reason": self._unusable or self._absent or None} if self._env is None else {}
         return reason | {
             "state": self.state,
             "used_bytes": self._ledger.used_bytes,
             "limit_bytes": self.limit_bytes,
+            "usable_bytes": 0 if self._env is None else self._growth.usable,
             "blocks": len(self._ledger),
         }

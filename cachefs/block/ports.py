@@ -91,6 +91,11 @@ class EvictionPolicy(Protocol):
         """Whether a block would be kept for longer than a moment if it were added now."""
         ...
 
+    @property
+    def is_stable(self) -> bool:
+        """Whether it keeps a part of what is read, and leaves that alone: any part is as good as another."""
+        ...
+
     def size_of(self, key: BlockKey) -> int:
         """Return about how many bytes a known block has, as far as the policy cares."""
         ...

@@ -5,9 +5,11 @@ INVARIANT: ledger and environment hold the same keys after each batch, also when
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 from cachefs import errors
+from cachefs.block.holdings import Lane
 from cachefs.block.ledger import Ledger, value_cost
 from cachefs.block.lmdb_env import BlockEnvironment
 from cachefs.types import BlockKey
@@ -25,15 +27,20 @@ def evict(
     demote: Demotion | None,
     punch: Callable[[list[tuple[int, int]]], object] | None,
     count: Callable[[int], object],
+    lane: Lane | None = None,
 ) -> None:
-    """Delete the oldest blocks until `want` bytes are free. Under the tier's lock.
+    """Delete the oldest blocks until `want` bytes are free, those of one volume with `lane`. Under the tier's lock.
 
     `punch` gets where they lay in the file, while nobody can have used that place again; `count` how many are gone.
     Raises TierUnavailable (also when only pinned blocks are left), CorruptBlock.
     """
-    target = max(ledger.used_bytes - want, 0)
-    while ledger.used_bytes > target and len(ledger):
-        victims = _take_victims(env, ledger, ledger.used_bytes - target, even_pinned=punch is not None)
+    held = ledger if lane is None else lane
+    target = max(held.used_bytes - want, 0)
+    while held.used_bytes > target and len(held):
+        take = (
+            functools.partial(ledger.take_victim, even_pinned=punch is not None) if lane is None else lane.take_victim
+        )
+        victims = _take_victims(env, take, held.used_bytes - target)
         if not victims:
             raise errors.TierUnavailable("all that is left in it is pinned")
         try:
@@ -52,11 +59,10 @@ def evict(
             punch(extents)
 
 
-def _take_victims(env: BlockEnvironment, ledger: Ledger, want: int, *, even_pinned: bool) -> dict[BlockKey, int]:
-    """`even_pinned`: others need the room of the tier."""
+def _take_victims(env: BlockEnvironment, take: Callable[[], BlockKey | None], want: int) -> dict[BlockKey, int]:
     victims: dict[BlockKey, int] = {}
     while want > 0 and len(victims) < EVICT_BLOCKS:
-        key = ledger.take_victim(even_pinned=even_pinned)
+        key = take()
         if key is None:
             break
         length = env.length(key)

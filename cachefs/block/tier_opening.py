@@ -128,8 +128,12 @@ def _attach(
     env = BlockEnvironment(directory, map_size=map_size, writemap=tier is Tier.SHM, block_size=block_size)
     ledger = new_ledger()
     try:
-        for key, length in env.scan():
-            ledger.adopt(key, length)
+        if ledger.lanes:
+            for key, length, owner in env.scan_with_owners():
+                ledger.adopt(key, length, owner)
+        else:
+            for key, length in env.scan():
+                ledger.adopt(key, length)
     except BaseException:
         env.close()
         raise
@@ -150,10 +154,13 @@ def _discard(directory: str, tier: Tier, flaw: str) -> None:
 
 def take_over(
     former: BlockEnvironment,
-    put_values: Callable[[list[tuple[BlockKey, Bytes]]], None],
+    put_value: Callable[[BlockKey, Bytes, int], None],
     room: Callable[[], int],
 ) -> None:
-    """Copy what fits from an environment that is larger than the limit now is, for a bounded time; remove it."""
+    """Copy what fits from an environment that is larger than the limit now is, for a bounded time; remove it.
+
+    `put_value` gets each block with its value and owner.
+    """
     deadline = time.monotonic() + TAKE_OVER_S
     try:
         for key, length in former.scan():
@@ -161,7 +168,7 @@ def take_over(
                 break
             value = former.read(key)
             if value is not None:
-                put_values([(key, value)])
+                put_value(key, value, former.owner(key))
     except (errors.CorruptBlock, errors.TierUnavailable) as error:
         log.info("the rest of %s is given up: %s", former.directory, error)
     former.close()

@@ -24,6 +24,7 @@ from typing import Any
 from cachefs import runtime
 from cachefs.block.budget import least_limit
 from cachefs.cli import room
+from cachefs.cli.groups import LETTERS, NAME, validate_groups
 from cachefs.cli.options import (
     CONFIG_PARAMETER,
     ENVIRONMENT_PREFIX,
@@ -42,6 +43,7 @@ from cachefs.config import (
     CacheConfig,
     Config,
     FuseConfig,
+    LimitsConfig,
     PeerConfig,
     S3Config,
     split_address,
@@ -67,7 +69,6 @@ PEER_FILES = (
     "etcd_ca", "etcd_cert", "etcd_key", "etcd_password_file", "peer_cert", "peer_key", "peer_ca", "peer_secret_file",
 )  # fmt: skip
 _PATHS = ("cache_dir", "runtime_dir", "shm_dir", "ca_bundle", "log_file", *PEER_FILES)
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _MAX_FILE_BYTES = MIB
 
 
@@ -192,9 +193,10 @@ def _from_file(name: str) -> dict[str, Any]:
     for key, value in table.items():
         where = f"{name}{_line_of(text, key)}"
         setting = find_setting(key)
+        if isinstance(value, dict):
+            raise ConfigError(f"{where}: unknown table '{key}'{'' if setting else _hint(key)}")
         if setting is None:
-            kind = "table" if isinstance(value, dict) else "key"
-            raise ConfigError(f"{where}: unknown {kind} '{key}'{_hint(key)}")
+            raise ConfigError(f"{where}: unknown key '{key}'{_hint(key)}")
         if setting.field in values:
             raise ConfigError(f"{where}: '{key}' is set twice")
         try:
@@ -256,6 +258,7 @@ def validate(config: Config) -> None:
     _validate_numbers(config)
     _validate_s3(config.s3)
     _validate_cache(config.cache)
+    _validate_limits(config.limits, config.cache.block_size_bytes)
     _validate_fuse(config.fuse)
     _validate_peer(config.peer)
     if config.log.log_level not in LOG_LEVELS:
@@ -328,6 +331,16 @@ def _validate_cache(cache: CacheConfig) -> None:
         _validate_shm(cache)
 
 
+def _validate_limits(limits: LimitsConfig, block_size: int) -> None:
+    for key, quota_bytes in (("shm-quota", limits.shm_quota_bytes), ("disk-quota", limits.disk_quota_bytes)):
+        least = room.least_tier_bytes(block_size)
+        if 0 < quota_bytes < least:
+            raise ConfigError(
+                f"--{key} {render_size(quota_bytes)}: must be at least {render_size(least)} (16 blocks), "
+                "or 0 for no limit"
+            )
+
+
 def _validate_shm(cache: CacheConfig) -> None:
     try:
         stat = os.statvfs(cache.shm_dir)
@@ -358,9 +371,9 @@ def _validate_peer(peer: PeerConfig) -> None:
         return
     for name in ("cluster", "node_name", "zone"):
         value = getattr(peer, name)
-        if (value or name == "cluster") and not _NAME.fullmatch(value):
-            allowed = "letters, digits, dots, hyphens and underscores, at most 63"
-            raise ConfigError(f"--{name.replace('_', '-')} {value!r}: must be a name ({allowed})")
+        if (value or name == "cluster") and not NAME.fullmatch(value):
+            raise ConfigError(f"--{name.replace('_', '-')} {value!r}: must be a name ({LETTERS})")
+    validate_groups(peer.groups)
     for name in PEER_FILES:
         path = getattr(peer, name)
         if path and not os.path.isfile(path):

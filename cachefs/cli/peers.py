@@ -24,7 +24,7 @@ ANSWER_S = 10.0
 """How long an agent may take to ask all the others."""
 
 MEMBER_KEYS = (
-    "node_id", "name", "address", "zone", "version", "protocol", "self", "state", "error", "latency_s",
+    "node_id", "name", "address", "zone", "groups", "version", "protocol", "self", "state", "error", "latency_s",
     "capacity_bytes", "used_bytes", "hit_ratio", "origin_bytes", "peer_bytes", "served_bytes",
 )  # fmt: skip
 """Keys of one element of "members"."""
@@ -86,6 +86,7 @@ def describe_member(member: Mapping[str, Any]) -> dict[str, Any]:
     summary = member.get("summary", {})
     tiers, counters = summary.get("tiers", {}), summary.get("counters", {})
     described = {key: member.get(key) for key in MEMBER_KEYS}
+    described["groups"] = list(member.get("groups") or ())
     described["capacity_bytes"] = _sum(tiers, "limit_bytes")
     described["used_bytes"] = _sum(tiers, "used_bytes")
     described["hit_ratio"] = summary.get("hit_ratio")
@@ -131,9 +132,9 @@ def _cluster_lines(cluster: Mapping[str, Any]) -> list[str]:
         f"CLUSTER {output.plain(str(cluster['cluster']))}: {len(cluster['members'])} nodes, {output.plain(state)}, "
         f"origin amplification {factor}"
     ]
-    head = ["NODE", "ADDRESS", "ZONE", "STATE", "LATENCY", "CAPACITY", "USED", "HITS"]
+    head = ["NODE", "ADDRESS", "ZONE", "GROUPS", "STATE", "LATENCY", "CAPACITY", "USED", "HITS"]
     head += ["FROM STORE", "FROM PEERS", "SERVED"]
-    lines += output.table([head, *map(_member_row, cluster["members"])], right=range(4, 11))
+    lines += output.table([head, *map(_member_row, cluster["members"])], right=range(5, 12))
     for member in cluster["members"]:
         if member["error"]:
             lines.append(f"  {output.plain(str(member['name']))}: {output.plain(str(member['error']))}")
@@ -149,6 +150,7 @@ def _member_row(member: Mapping[str, Any]) -> list[str]:
         output.plain(str(member["name"])) + (" (this one)" if member["self"] else ""),
         output.plain(str(member["address"])),
         output.plain(str(member["zone"] or "-")),
+        output.plain(",".join(map(str, member["groups"])) or "-"),
         "this one" if member["self"] else output.plain(str(member["state"] or "-")),
         "-" if latency is None else f"{latency * 1000:.1f} ms",
         size("capacity_bytes"),

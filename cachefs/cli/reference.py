@@ -20,6 +20,7 @@ _SECTION_TITLES = {
     "cache": "The cache of the node",
     "metadata": "How new names have to be",
     "fuse": "The mount",
+    "limits": "What a volume may do in the cache of the node",
     "peer": "Peers: nodes that share their caches",
     "log": "Logging",
 }

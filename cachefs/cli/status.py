@@ -156,7 +156,8 @@ def hit_ratio(worker: Mapping[str, float], agent: Mapping[str, float]) -> dict[s
     shm: READs of this mount that the shm tier answered; disk: of the blocks that had to come from
     further away (for all mounts of its agent), those that the disk tier had.
     """
-    reads, missed = worker.get("fuse_reads", 0), worker.get("read_misses", 0)
+    reads = worker.get("fuse_reads", 0) - worker.get("fresh_reads", 0)
+    missed = worker.get("read_misses", 0)
     from_disk = agent.get("disk_hits", 0)
     from_afar = agent.get("origin_fills", 0) + agent.get("peer_fills", 0)
     return {
@@ -287,6 +288,17 @@ def version_remarks(mount: Mapping[str, Any]) -> list[str]:
     return [output.plain(remark) for remark in remarks]
 
 
+def _limits(tiers: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Yield what a volume may do in each tier, and does."""
+    for name, limit in tiers.items():
+        if limit.get("quota_bytes"):
+            held, quota = output.size(limit.get("used_bytes") or 0), output.size(limit["quota_bytes"])
+            yield f"{name}: {held} of its quota of {quota}"
+    ttl_s = max((limit.get("ttl_s") or 0 for limit in tiers.values()), default=0)
+    if ttl_s:
+        yield f"leaves when nobody reads it for {output.elapsed(ttl_s)}"
+
+
 def _agent_lines(agent: Mapping[str, Any]) -> list[str]:
     if agent["agent_pid"] is None:
         return [f"AGENT at {output.plain(agent['socket'])} does not answer"]
@@ -314,6 +326,7 @@ def _agent_lines(agent: Mapping[str, Any]) -> list[str]:
         hidden = f", {output.count(volume['hidden_keys'])} hidden keys" if volume.get("hidden_keys") else ""
         known = f"{output.count(volume.get('objects', 0))} objects, {output.size(volume.get('bytes', 0))}"
         lines.append(f"  known of {output.plain(str(volume.get('source')))}: {known}{hidden}")
+        lines += [f"    {limit}" for limit in _limits(volume.get("limits", {}))]
     lines += [
         f"  job {job['job']} ({job['verb']} {output.plain(job['mountpoint'])}): {_job(job)}" for job in agent["jobs"]
     ]

@@ -10,13 +10,14 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import click
 
 from cachefs.agent import messages
 from cachefs.cli import output
 from cachefs.cli.agent_errand import Errand
+from cachefs.cli.groups import chosen_nodes
 from cachefs.cli.load import build_config
 from cachefs.cli.mounted_paths import Mounts, Place
 from cachefs.cli.options import CONFIG_PARAMETER
@@ -34,6 +35,14 @@ MAX_LINE = 1 << 20
 @click.option("--list", "list_file", metavar="FILE", help="Also the paths in FILE, one per line (-: stdin).")
 @click.option("--wait/--background", "wait", default=True, help="Wait for the end (default), or return at once.")
 @click.option("--check", is_flag=True, help="Fetch nothing: say what is in no cache, exit code 1 if anything is not.")
+@click.option(
+    "--tier",
+    type=click.Choice(["shm", "disk"]),
+    help="Where it is to be: disk, so that nothing leaves shm for it; shm, also what is on disk (default: shm while "
+    "that has room, else disk).",
+)
+@click.option("--nodes", metavar="all|N|GROUP", help="On all nodes that mount this, so many of them, or a group.")
+@click.option("--group", metavar="NAME", help="On the nodes of a group (`cachefs mount --group`).")
 @click.option("--force", is_flag=True, help="Also more than the caches can hold, without asking.")
 @click.option("--stop", "stop", metavar="JOB", help="End a job (`cachefs status` shows them).")
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object per line (docs/WARMUP.md).")
@@ -47,13 +56,16 @@ def warmup(
     list_file: str | None,
     wait: bool,
     check: bool,
+    tier: str | None,
+    nodes: str | None,
+    group: str | None,
     force: bool,
     stop: str | None,
     as_json: bool,
     runtime_dir: str | None,
     config_file: str | None,
 ) -> int:
-    """Bring files, and directories with all that is below them, into the caches of this node.
+    """Bring files, and directories with all that is below them, into the caches of this node, or of several.
 
     What is there already is left out, so a warm-up that was interrupted is simply run again. Exit code 1 when something
     did not come; the paths are listed.
@@ -65,7 +77,11 @@ def warmup(
     if check and not wait:
         raise UsageError("--check looks and says what it saw: it cannot be in the background")
     verb = "check" if check else "warm"
-    return run_verb(runtime, verb, paths, list_file, force=force, background=not wait, as_json=as_json, summary=summary)
+    where = Where(tier or "", *chosen_nodes(nodes, group))
+    return run_verb(
+        runtime, verb, paths, list_file,
+        force=force, background=not wait, as_json=as_json, summary=summary, where=where,
+    )  # fmt: skip
 
 
 def runtime_of(runtime_dir: str | None, config_file: str | None) -> RuntimeDir:
@@ -120,6 +136,14 @@ def by_mount(mounts: Mounts, paths: Iterable[str]) -> tuple[Place, Iterator[byte
 # -- jobs --------------------------------------------------------------------------------------------------------------
 
 
+class Where(NamedTuple):
+    """Where files are to be: see `messages.Work`."""
+
+    tier: str = ""
+    nodes: int = -1
+    group: str = ""
+
+
 def run_verb(
     runtime: RuntimeDir,
     verb: str,
@@ -131,6 +155,7 @@ def run_verb(
     background: bool = False,
     as_json: bool = False,
     for_s: float = 0.0,
+    where: Where | None = None,
 ) -> int:
     """Have a job done and show it; returns the exit code. `summary` writes the last state for a person."""
     if list_file == "-" and sys.stdin.isatty():
@@ -139,9 +164,11 @@ def run_verb(
     asks = sys.stdin.isatty() and list_file != "-" and not as_json
 
     def build(identity: int) -> messages.Work:
+        tier, nodes, group = where or Where()
         return messages.Work(
-            id=identity, mount_id=place.mount_id, verb=verb, force=force, background=background, for_s=for_s
-        )
+            id=identity, mount_id=place.mount_id, verb=verb, force=force, background=background, for_s=for_s,
+            tier=tier, nodes=nodes, group=group,
+        )  # fmt: skip
 
     with Errand.to(runtime, place) as errand, Progress(as_json=as_json) as progress:
 
@@ -190,15 +217,23 @@ def problem_lines(job: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is wrong with which paths."""
     for example in itertools.islice(job["examples"], SHOWN_PROBLEMS):
         path = os.path.join(job["mountpoint"], example["path"]).rstrip("/")
-        yield f"  {output.plain(path)}: {output.plain(example['why'])}"
-    if job["problems"] > SHOWN_PROBLEMS:
-        more = job["problems"] - min(SHOWN_PROBLEMS, len(job["examples"]))
+        on = f" (on {output.plain(example['node'])})" if "node" in example else ""
+        yield f"  {output.plain(path)}: {output.plain(example['why'])}{on}"
+    nodes = job.get("nodes") or []
+    for node in nodes:
+        if node["error"]:
+            yield f"  {output.plain(node['node'])}: {output.plain(node['error'])}"
+    problems = job["problems"] - sum(bool(node["error"]) for node in nodes)
+    if problems > SHOWN_PROBLEMS:
+        more = problems - min(SHOWN_PROBLEMS, len(job["examples"]))
         yield f"  and {output.count(more)} more (--json lists up to 1,000)"
 
 
 def summary(job: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines about a warm-up or a check that is over, or has gone into the background."""
     of = f"{output.count(job['files'])} files, {output.size(job['bytes'])}"
+    if job.get("nodes"):
+        of = f"{output.count(len(job['nodes']))} nodes: {of}"
     if job["background"] and job["state"] not in ("done", "incomplete", "stopped", "failed"):
         yield (
             f"job {job['job']} goes on in the background "

@@ -46,6 +46,7 @@ from cachefs.fuse.protocol import (
     OPEN_OUT,
     OUT_HEADER,
     OUT_HEADER_SIZE,
+    READ_FLAGS,
     READ_IN,
     UNMOUNTED,
     Opcode,
@@ -62,7 +63,8 @@ log = logging.getLogger(__name__)
 BUFFER_BYTES = (1 << 20) + (64 << 10)
 _pack_index = struct.Struct(">I").pack
 _pack_out = OUT_HEADER.pack
-_unpack_read = READ_IN.unpack_from
+_unpack_read = READ_FLAGS.unpack_from
+_DIRECT = os.O_DIRECT
 _GONE = frozenset({errno.ENOENT, errno.EINTR})
 """write(2) on the device: nobody waits for that answer any more."""
 
@@ -76,8 +78,12 @@ class MissSink(Protocol):
         """A READ whose blocks are not in the shm tier."""
         ...
 
-    def readahead(self, view: FileView, first: int, count: int) -> None:
-        """Blocks that will be wanted soon."""
+    def fresh(self, unique: int, view: FileView, start: int, end: int) -> None:
+        """A READ past the tiers: of a file that was opened with O_DIRECT, or of a mount that keeps nothing."""
+        ...
+
+    def wish(self, view: FileView, ask: tuple[int, int]) -> None:
+        """The window of a file has asked for these bytes, and maybe for others (`ReadWindow.more`)."""
         ...
 
 
@@ -102,7 +108,7 @@ class Channel:
         self.on_activity: Callable[[], None] = lambda: None
         self.asleep = False
         """Set by the wake-up guard when it has gone to sleep: the next request wakes it."""
-        self.requests = self.hits = self.hit_bytes = self.misses = self.miss_bytes = self.errors = 0
+        self.requests = self.hits = self.hit_bytes = self.misses = self.miss_bytes = self.errors = self.fresh = 0
         self.touched: set[bytes] = set()
         self._threads: tuple[threading.Thread, ...] = ()
         self._seen = -1
@@ -209,7 +215,7 @@ class Channel:
                 self._write(error_reply(unique, to_errno(error, f"request {opcode}")))
 
     def _read(self, unique: int, ino: int, message: memoryview, n: int) -> None:
-        _, offset, size = _unpack_read(message, IN_HEADER_SIZE)
+        offset, size, flags = _unpack_read(message, IN_HEADER_SIZE)
         reads = self._reads
         view = reads.views_by_ino.get(ino)
         if view is None:
@@ -224,6 +230,11 @@ class Channel:
                 self._write(OUT_HEADER.pack(OUT_HEADER_SIZE, 0, unique))
                 return
         size = end - offset
+        if flags & _DIRECT or not self._filesystem.keeps:
+            self.fresh += 1
+            self.interrupts.waits(unique, IN_PID.unpack_from(message, IN_PID_OFFSET)[0])
+            self._sink.fresh(unique, view, offset, end)
+            return
         if not offset:
             reads.note_begun(ino, 0)
         if view.size > PROOF:  # no sequence is seen in less
@@ -231,7 +242,7 @@ class Channel:
                 reads.note_begun(ino, offset)  # at its end, or somewhere within
             ask = view.window.note(offset, size, view.size)
             if ask is not None:
-                self._wish(view, ask)
+                self._sink.wish(view, ask)
         blocks = reads.blocks
         if blocks is not None:
             shift = reads.shift
@@ -272,12 +283,6 @@ class Channel:
         self.hits += 1
         self.hit_bytes += end - offset
         return True
-
-    def _wish(self, view: FileView, ask: tuple[int, int]) -> None:
-        first = ask[0] >> self._reads.shift
-        last = (min(ask[1], view.size) - 1) >> self._reads.shift
-        if last >= first:
-            self._sink.readahead(view, first, last - first + 1)
 
     def _refuse_for_ever(self, unique: int, ino: int, message: memoryview, n: int) -> None:
         """ENOSYS: the kernel does without this request from now on (fs/fuse: no_open, no_flush, no_access)."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import functools
 import logging
+import os
 import stat
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar, cast
@@ -30,6 +31,8 @@ from cachefs.vfs.virtual import VirtualDirectory
 
 log = logging.getLogger(__name__)
 
+DIRECT_HANDLE = 1 << 62
+"""In the handle of a file that was opened with O_DIRECT (engine pyfuse3), so that any worker knows it."""
 F = TypeVar("F", bound=Callable[..., Coroutine[Any, Any, Any]])
 
 
@@ -172,18 +175,20 @@ class Operations(pyfuse3.Operations):
 
     @boundary
     async def open(self, inode: Any, flags: Any, ctx: Any) -> pyfuse3.FileInfo:
-        """Answer OPEN (engine pyfuse3): the handle is the inode, its pages are good for ever."""
+        """Answer OPEN (engine pyfuse3): the handle is the inode (and `DIRECT_HANDLE`), its pages are good for ever."""
         if not VirtualDirectory.has(inode):
             self.filesystem.reads.file(inode)
+        if flags & os.O_DIRECT:
+            return pyfuse3.FileInfo(fh=inode | DIRECT_HANDLE, keep_cache=True, direct_io=True)
         return pyfuse3.FileInfo(fh=inode, keep_cache=True)
 
     @boundary
     async def read(self, fh: Any, off: int, size: int) -> bytes:
         """Answer READ (engine pyfuse3)."""
         try:
-            return await self.filesystem.read(Ino(fh), off, size)
+            return await self.filesystem.read(Ino(fh & ~DIRECT_HANDLE), off, size, direct=bool(fh & DIRECT_HANDLE))
         except errors.StaleObject:
-            await self.kernel_names.let_go(Ino(fh))
+            await self.kernel_names.let_go(Ino(fh & ~DIRECT_HANDLE))
             raise
 
     @boundary

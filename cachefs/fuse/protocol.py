@@ -53,6 +53,9 @@ IN_PID = struct.Struct("<I")
 IN_PID_OFFSET = 32
 READ_IN = struct.Struct("<QQI")
 """fh, offset, size."""
+READ_FLAGS = struct.Struct("<8xQI12xI")
+"""offset, size, and the flags of the open file: without OPEN they are known from each READ. Before the flags are
+read_flags and lock_owner."""
 INTERRUPT_IN = struct.Struct("<Q")
 GETXATTR_IN = struct.Struct("<II")
 """size, padding; the name follows, ended by a zero byte."""

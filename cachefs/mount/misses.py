@@ -23,6 +23,8 @@ from cachefs.fuse.errno_map import to_errno
 from cachefs.fuse.kernel_names import KernelNames
 from cachefs.metrics import READ_MISS_SECONDS, READAHEAD_REQUESTS, Counters
 from cachefs.mount.disk_reads import DiskReads, Request
+from cachefs.mount.straight import Straight
+from cachefs.prefetch.points import Points, is_small
 from cachefs.vfs.filesystem import FileSystem
 from cachefs.vfs.reading import FileView
 
@@ -40,6 +42,8 @@ class Misses:
         self._nursery = nursery
         self._token = trio.lowlevel.current_trio_token()
         self._counters = counters
+        self._points = Points(filesystem.reads.block_size)
+        self.straight = Straight(filesystem)
         self.channel: Channel | None = None
         self.disk = DiskReads(filesystem.reads, self.ask_ahead)
 
@@ -49,8 +53,47 @@ class Misses:
         if self.disk.takes(view, start):
             answer = functools.partial(self._answer, unique, began)
             self.disk.read(Request(view, start, end, answer, lambda: self._ask(unique, view, start, end, began)))
-        else:
+        elif not self._is_point(view, start, end) or not self._ask_range(unique, view, start, end, began):
             self._ask(unique, view, start, end, began)
+
+    def fresh(self, unique: int, view: FileView, start: int, end: int) -> None:
+        """See `MissSink.fresh`."""
+        began = time.monotonic()
+        use = functools.partial(self._answer, unique, began)
+        self.straight.read(view, start, end, use, functools.partial(self._ask_fresh, unique, view, start, end, began))
+
+    def _ask_fresh(self, unique: int, view: FileView, start: int, end: int, began: float) -> None:
+        """Ask the agent for just these bytes, from the store. Any thread."""
+        use = functools.partial(self._answer, unique, began)
+
+        def otherwise(error: errors.CachefsError | None) -> None:
+            if error is None:
+                self._begin(self._serve_fresh, (unique, view, start, end, began))
+            else:
+                self._begin(self._fail, (unique, view, began, error))
+
+        if not self._filesystem.ranges.request(view, start, end, use, otherwise, fresh=True):
+            self._soon(self._serve_fresh, unique, view, start, end, began)
+
+    async def _serve_fresh(self, unique: int, view: FileView, start: int, end: int, began: float) -> None:
+        try:
+            use = functools.partial(self._answer, unique, began)
+            await self._filesystem.with_fresh(view, start, end, use)
+        except Exception as error:  # noqa: BLE001 - as in `_serve`
+            await self._fail(unique, view, began, error)
+
+    def _is_point(self, view: FileView, start: int, end: int) -> bool:
+        """Whether the blocks of a READ are not worth being fetched. The channel's thread only."""
+        points = self._points
+        return (
+            view.window.apart and points.may_be(view.ino, start, end, view.size) and points.take(view.ino, start, end)
+        )
+
+    def _ask_range(self, unique: int, view: FileView, start: int, end: int, began: float) -> bool:
+        """Ask the agent for just these bytes; returns whether it was asked."""
+        use = functools.partial(self._answer, unique, began)
+        otherwise = functools.partial(self._otherwise, unique, view, start, end, began)
+        return self._filesystem.ranges.request(view, start, end, use, otherwise)
 
     def _ask(self, unique: int, view: FileView, start: int, end: int, began: float) -> None:
         """Ask the agent for the blocks of a READ. Any thread."""
@@ -59,12 +102,19 @@ class Misses:
         if not self._filesystem.request_blocks(view, start, end, use, otherwise):
             self._soon(self._serve, unique, view, start, end, began)
 
-    def readahead(self, view: FileView, first: int, count: int) -> None:
-        """See `MissSink.readahead`."""
-        if self.disk.tier is None:
-            self.ask_ahead(view, first, count)
-        else:
-            self.disk.wish(view, first, count)
+    def wish(self, view: FileView, ask: tuple[int, int]) -> None:
+        """See `MissSink.wish`."""
+        window, reads = view.window, self._filesystem.reads
+        for start, end in (ask, *window.more()):
+            first, last = start >> reads.shift, (min(end, view.size) - 1) >> reads.shift
+            if window.sparse and is_small(end - start, reads.block_size):
+                self._filesystem.ranges.ahead(view, start, end)
+            elif last < first:
+                continue
+            elif self.disk.tier is None:
+                self.ask_ahead(view, first, last - first + 1)
+            else:
+                self.disk.wish(view, first, last - first + 1)
 
     def ask_ahead(self, view: FileView, first: int, count: int) -> None:
         """Tell the agent what will be wanted soon. Any thread."""

@@ -36,6 +36,7 @@ from cachefs.fuse.operations import Operations
 from cachefs.fuse.session import Session
 from cachefs.logs import configure
 from cachefs.metrics import (
+    FRESH_READS,
     FUSE_ERRORS,
     FUSE_READ_BYTES,
     FUSE_READS,
@@ -151,6 +152,7 @@ class Worker:
             assert self._kernel_names is not None
             rules = AttributeRules.create(self._config.fuse, os.getuid(), os.getgid())
             filesystem = FileSystem(self._reads, client, Freshness(self._config.metadata), rules)
+            filesystem.keeps = self._config.fuse.cache
             filesystem.virtual = virtual_directory(
                 self._config, self._plan["mount_id"], rules, functools.partial(self._counts, filesystem)
             )
@@ -166,7 +168,7 @@ class Worker:
             nursery.start_soon(Heartbeat(self._fds.report, self._config.fuse.hang_timeout_s, self._moves).run)
             nursery.start_soon(self._report_counters, client, filesystem, misses.disk)
             nursery.start_soon(self._seek_tier, self._reads)
-            if self._config.fuse.prefetch is not Prefetch.OFF:
+            if self._config.fuse.prefetch is not Prefetch.OFF and self._config.fuse.cache:
                 nursery.start_soon(Beginnings(self._reads, client.tell, self._tells_beginnings).run)
 
     def _tells_beginnings(self) -> bool:
@@ -349,12 +351,15 @@ class Worker:
         values = self._counters.snapshot()
         hits, hit_bytes = filesystem.copied_hits, filesystem.copied_hit_bytes
         misses, miss_bytes = filesystem.copied_misses, filesystem.copied_miss_bytes
+        fresh = filesystem.copied_fresh
         channel = self._channel
         if channel is not None:
             hits, hit_bytes = hits + channel.hits, hit_bytes + channel.hit_bytes
             misses, miss_bytes = misses + channel.misses, miss_bytes + channel.miss_bytes
+            fresh += channel.fresh
             values[FUSE_ERRORS.name] = values.get(FUSE_ERRORS.name, 0) + channel.errors
-        values[FUSE_READS.name], values[FUSE_READ_BYTES.name] = hits + misses, hit_bytes + miss_bytes
+        values[FUSE_READS.name], values[FUSE_READ_BYTES.name] = hits + misses + fresh, hit_bytes + miss_bytes
+        values[FRESH_READS.name] = fresh
         values[SHM_HITS.name], values[SHM_HIT_BYTES.name] = hits, hit_bytes
         values[READ_MISSES.name] = misses
         values[FUSE_REQUESTS.name] = self._served.requests if self._served is not None else 0

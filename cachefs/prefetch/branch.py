@@ -4,6 +4,7 @@ Files of a tree of class folders that are read in random order jump from folder 
 at least `EVIDENCE` folders is one shuffled epoch over the tree: all of it is wanted, folders that were read lately
 first, then the others in the order of the listing, as far as the evidence goes (`credit`). Folders that are gone to in
 an order (one after the other, or the share of a worker) are streams here: the files of the next ones are wanted.
+Several jobs that go through a directory of their own each, in its order, are no epoch over what is above them.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator
 from itertools import pairwise
 
-from cachefs.prefetch.folder import CREDIT
 from cachefs.prefetch.ports import Tree
 from cachefs.prefetch.roster import Roster
 from cachefs.prefetch.streams import Stream, Streams
 from cachefs.types import Ino
 
+CREDIT = 16
+"""So many more files of the tree may be brought for each one that was read."""
 EVIDENCE = 4
 RECENT = 16
 STEPS_AT_ONCE = 4
@@ -45,16 +47,20 @@ class Branch:
         """Directories to be gone through before the others, the next one first."""
         self._cursor = 0
 
-    def note(self, tree: Tree, child: Ino, *, new_epoch: bool, proposed: bool) -> None:
+    def note(self, tree: Tree, child: Ino, *, new_epoch: bool, proposed: bool, orderly: bool = False) -> None:
         """A reader began a file below a directory of this one. `new_epoch`: with it a new epoch began there.
-        `proposed`: that file had been proposed.
+        `proposed`: that file had been proposed. `orderly`: who reads there has an order of his own.
         """
-        self.credit += CREDIT
         if new_epoch and self._cursor >= len(self.roster.directories):
             self.epochs += 1
             self._cursor = 0
+        if orderly:
+            self.streams.clear()  # who goes on from there follows on what is read there
+            self._last = child
+            return
         if child == self._last:
             return
+        self.credit += CREDIT
         self._last = child
         position = self.position(tree, child)
         if position is not None:

@@ -2,10 +2,10 @@
 
 Positions of the listing (`roster`) go through `streams`, which sees whoever reads in an order. What no stream explains,
 and is never read twice, is a shuffled epoch: then the rest of the directory is wanted, in the order of the listing, as
-far as the evidence goes (`credit`: so many files for each one that was read).
+far as the evidence goes (`credit`: so many files for each one that was read, more the longer nothing is read twice).
 
-An EPOCH is one pass over the directory. It ends when every file was read, or when half of the last reads are of files
-that were read before.
+An EPOCH is one pass over the directory. It ends when every file was read, or when most of the last reads are of files
+that were read once before.
 
 INVARIANTS
 * Within an epoch a file is proposed at most once, and not after it was read.
@@ -22,13 +22,18 @@ from cachefs.prefetch.roster import Roster
 from cachefs.prefetch.streams import Stream, Streams
 from cachefs.types import Ino
 
-READ, PROPOSED = 1, 2
-EVIDENCE = 8
+READ, PROPOSED, AGAIN = 1, 2, 4
+EVIDENCE = 12
 """Files that are read without order and repetition before the rest counts as wanted."""
-CREDIT = 16
-"""So many more files may be brought for each one that was read."""
+CREDIT = 32
+"""So many more files may be brought for each one that was read, or a quarter of those that were read since one was read
+again, if that is less: a few files that are read again and again look like an epoch at first."""
+IN_A_ROW = 4
+"""So many files that are read again in a row may be somebody who goes through all of them once more."""
 RECENT = 16
 JUST_READ = 4
+ORDERLY = 4
+"""So many reads in order, or more, tell that there is one."""
 STEPS_AT_ONCE = 4
 """How many steps of a listing are loaded for one event."""
 SCAN = 512
@@ -41,8 +46,8 @@ class Folder:
     """One directory."""
 
     __slots__ = (
-        "_cursor", "_former", "_marks", "_recent", "_repeats", "_scattered", "_tails", "credit", "directory", "epochs",
-        "inherited", "read", "roster", "streams",
+        "_again", "_cursor", "_former", "_fresh", "_marks", "_recent", "_repeats", "_run", "_scattered", "_tails",
+        "credit", "directory", "epochs", "follows", "inherited", "read", "roster", "streams",
     )  # fmt: skip
 
     def __init__(self, directory: Ino) -> None:
@@ -51,12 +56,19 @@ class Folder:
         self.streams = Streams()
         self.inherited = 0
         """What a reader who comes here from the directory before may have ahead."""
+        self.follows = False
+        """Whether such a reader was expected here before anybody read."""
         self.read = 0
         """Files that were read in this epoch."""
         self.credit = 0
         """How many files of the rest may still be proposed without order."""
         self.epochs = 0
         """How many epochs were begun after the first."""
+        self._fresh = 0
+        """How many files were read since one was read again."""
+        self._again: deque[bool] = deque(maxlen=RECENT)
+        self._run = 0
+        """How many of the last reads, one after the other, were the second ones of their files."""
         self._marks = bytearray()
         self._former: tuple[Roster, bytearray] | None = None
         """The listing before this one, while this one is loaded."""
@@ -79,40 +91,54 @@ class Folder:
             return False
         self._tails.append(at_tail)
         mark = self._marks[position]
-        self._note_repeat(position, bool(mark & READ))
+        self._note_repeat(position, bool(mark & READ), bool(mark & AGAIN))
         proposed = bool(self._marks[position] & PROPOSED)
         if not self._marks[position] & READ:
             self._marks[position] |= READ
             self.read += 1
-            self.credit += CREDIT
+            self._fresh += 1
+            if self._fresh >= EVIDENCE:
+                self.credit += min(CREDIT, self._fresh // 4)
         inherited, self.inherited = self.inherited, 0
-        in_order = self.streams.note(position, proposed=proposed, inherited=inherited)
+        self._run = self._run + 1 if mark & (READ | AGAIN) == READ else 0
+        in_order = False
+        if not mark & READ or self._run >= IN_A_ROW:  # who goes to and fro between two files goes nowhere
+            in_order = self.streams.note(position, proposed=proposed, inherited=inherited)
         self._scattered.append(not in_order)
         return True
 
     def _last(self) -> list[int]:
         return list(self._recent)[-JUST_READ:]
 
-    def _note_repeat(self, position: int, again: bool) -> None:
+    def _note_repeat(self, position: int, again: bool, many_times: bool) -> None:
         self._recent.append(position)
-        self._repeats.append(again)
+        self._again.append(again)
+        self._repeats.append(again and not many_times)  # in an epoch nothing is read for the third time
+        if again:
+            self._marks[position] |= AGAIN
         whole = self.finished
-        if again and (whole or (len(self._repeats) == RECENT and sum(self._repeats) * 2 >= RECENT)):
+        if again and (whole or sum(self._repeats) * 4 >= RECENT * 3):
             different = set(self._recent)
             if whole or len(different) * 2 >= RECENT:
-                self.begin_epoch(keep=(set(self._last()) if whole else different) - {position})
+                if whole:
+                    self.begin_epoch(former=set(self._last()) - {position})
+                else:
+                    self.begin_epoch(keep=different - {position})
         elif again:
-            self.credit = 0  # no epoch, as it seems
+            self.credit = self._fresh = 0  # no epoch, as it seems
 
-    def begin_epoch(self, keep: Collection[int] = ()) -> None:
-        """Everything may be wanted once more, but what was read just now."""
+    def begin_epoch(self, keep: Collection[int] = (), former: Collection[int] = ()) -> None:
+        """Everything may be wanted once more, but what was read just now: `keep` in this epoch, `former` before."""
         self._marks = bytearray(len(self._marks))
+        for position in former:
+            self._marks[position] = PROPOSED
         for position in keep:
             self._marks[position] = READ
-        self.read = len(keep)
+        self.read = self._fresh = len(keep)
         self._cursor = 0
         self.epochs += 1
         self._repeats.clear()
+        self._again.clear()
         self.streams.clear()
 
     def position(self, tree: Tree, ino: Ino) -> int | None:
@@ -165,6 +191,21 @@ class Folder:
     def scattered(self) -> bool:
         """Whether files are read without an order that a stream would see, and without repetition."""
         return self.read >= EVIDENCE and self.credit > 0 and sum(self._scattered) * 2 > len(self._scattered)
+
+    @property
+    def orderly(self) -> bool:
+        """Whether files are read in an order that streams see."""
+        return len(self._scattered) >= ORDERLY and sum(self._scattered) * 2 < len(self._scattered)
+
+    @property
+    def repetitive(self) -> bool:
+        """Whether some files are read again and again while others were not read yet: no epoch, and no order."""
+        return sum(self._again) * 4 >= RECENT
+
+    @property
+    def aimless(self) -> bool:
+        """Whether files are read again and again, in no order: that some lie near each other is chance."""
+        return self.repetitive and sum(self._scattered) * 2 > len(self._scattered)
 
     @property
     def from_tail(self) -> bool:

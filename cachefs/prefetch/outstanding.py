@@ -4,7 +4,8 @@
        |                 +--evicted, or nobody came for LONGEST_S--> wasted
        +--a reader begins it--> late (and used, when it comes)
 
-INVARIANT: `held_bytes` is the sum over all that is known here; each piece is counted once as used or wasted at most.
+INVARIANT: `held_bytes` and `far_bytes` are the sum over all that is known here; each piece is counted once as used or
+wasted at most.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from cachefs import metrics
 from cachefs.metrics import Counters
 from cachefs.prefetch.allowance import Allowance
 from cachefs.prefetch.ports import Outcome, Piece
-from cachefs.types import Ino, ObjectId
+from cachefs.types import Ino, ObjectId, Tier
 
 LONGEST_S = 600.0
 """After this nobody is expected to come for it."""
@@ -31,6 +32,7 @@ class _Issued:
     ino: Ino
     length: int
     issued_at_s: float
+    rest: bool
     on_its_way: bool = True
     late: bool = False
 
@@ -49,6 +51,12 @@ class Outstanding:
         self.held_bytes = 0
         self.landed_bytes = 0
         """Of those that came."""
+        self.rest_bytes = 0
+        """Of `held_bytes`: what has no order."""
+        self.far_bytes = self.far_landed_bytes = 0
+        """The same of what goes to the tier behind the nearest one."""
+        self._round: list[tuple[ObjectId, int]] = []
+        """Those that are still to be looked at in this round."""
 
     @property
     def under_way(self) -> int:
@@ -58,16 +66,29 @@ class Outstanding:
     def __contains__(self, ino: object) -> bool:
         return ino in self._by_ino
 
-    def issue(self, ino: Ino, piece: Piece, length: int, now_s: float) -> bool:
-        """A piece of a file is asked for: so many bytes. Returns False when it was already."""
+    def issue(self, ino: Ino, piece: Piece, length: int, now_s: float, *, rest: bool = False) -> bool:
+        """A piece of a file is asked for: so many bytes. Returns False when it was already. `rest`: see `Wish`."""
         key = (piece.oid, piece.first)
         if key in self._by_piece or key in self._waiting:
             return False
-        issued = _Issued(piece, ino, length, now_s)
+        issued = _Issued(piece, ino, length, now_s, rest)
         self._by_ino.setdefault(ino, []).append(issued)
         self._by_piece[key] = issued
-        self.held_bytes += length
+        self._hold(issued, length)
         return True
+
+    def _hold(self, issued: _Issued, length: int) -> None:
+        if issued.piece.to is Tier.DISK:
+            self.far_bytes += length
+        else:
+            self.held_bytes += length
+            self.rest_bytes += length * issued.rest
+
+    def _land(self, issued: _Issued, length: int) -> None:
+        if issued.piece.to is Tier.DISK:
+            self.far_landed_bytes += length
+        else:
+            self.landed_bytes += length
 
     def begun(self, ino: Ino) -> bool:
         """A reader began a file; returns whether it had been asked for."""
@@ -97,7 +118,7 @@ class Outstanding:
             self._allowance.came()
         if outcome is Outcome.FETCHED and not issued.late:
             self._waiting[piece.oid, piece.first] = issued
-            self.landed_bytes += issued.length
+            self._land(issued, issued.length)
             return issued.ino
         if outcome is Outcome.JOINED and not issued.late:
             self._count(metrics.PREFETCH_LATE, metrics.PREFETCH_LATE_BYTES, issued.length)
@@ -107,12 +128,18 @@ class Outstanding:
         return issued.ino
 
     def look(self, now_s: float, holds: Callable[[ObjectId, int], bool]) -> None:
-        """Find out whether the oldest that came are still there."""
+        """Find out whether those that came are still there: some of them each time, in turn, and the oldest."""
         for _ in range(min(LOOKED_AT, len(self._waiting))):
             key, issued = next(iter(self._waiting.items()))
             if now_s - issued.issued_at_s < LONGEST_S and holds(*key):
-                return
+                break
             self._waste(issued)
+        self._round = self._round or list(self._waiting)
+        for key in self._round[-LOOKED_AT:]:
+            waiting = self._waiting.get(key)
+            if waiting is not None and not holds(*key):
+                self._waste(waiting)
+        del self._round[-LOOKED_AT:]
 
     def give_up(self) -> None:
         """Nobody will come any more."""
@@ -130,8 +157,8 @@ class Outstanding:
 
     def _forget(self, issued: _Issued) -> None:
         if self._waiting.pop((issued.piece.oid, issued.piece.first), None) is not None:
-            self.landed_bytes -= issued.length
-        self.held_bytes -= issued.length
+            self._land(issued, -issued.length)
+        self._hold(issued, -issued.length)
         of_file = self._by_ino.get(issued.ino)
         if of_file is not None and issued in of_file:
             of_file.remove(issued)

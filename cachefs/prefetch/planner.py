@@ -103,7 +103,9 @@ class Planner:
             self._active.popitem(last=False)
         epochs = folder.epochs
         if folder.note(self._tree, ino, at_tail=at_tail):
-            self._climb(directory, new_epoch=folder.epochs > epochs, proposed=proposed)
+            epoch = folder.epochs if folder.epochs > epochs else 0
+            if not folder.repetitive:
+                self._climb(directory, epoch=epoch, proposed=proposed, orderly=folder.orderly)
         _kept(self._shards, directory, Shards).note(name, proposed=proposed)
 
     def _note_unlisted(self, directory: Ino) -> None:
@@ -114,14 +116,18 @@ class Planner:
         if count == UNLISTED:
             self._want_listing(directory)
 
-    def _climb(self, directory: Ino, *, new_epoch: bool, proposed: bool) -> None:
-        """Tell the directories above that there was a reader below them."""
+    def _climb(self, directory: Ino, *, epoch: int, proposed: bool, orderly: bool) -> None:
+        """Tell the directories above that there was a reader below them. `epoch`: the one that began with it, or 0."""
         child = directory
         for _ in range(LEVELS):
             above = self._tree.parent(child)
             if above is None:
                 return
-            self._branch(above[0]).note(self._tree, child, new_epoch=new_epoch, proposed=proposed)
+            branch = self._branch(above[0])
+            new_epoch = epoch > branch.epochs  # else it is one that began elsewhere in the tree before
+            branch.note(self._tree, child, new_epoch=new_epoch, proposed=proposed, orderly=orderly)
+            if branch.scattered:
+                return  # that explains it: what lies beside the tree is something else
             child = above[0]
 
     def _folder(self, directory: Ino) -> Folder:
@@ -162,7 +168,7 @@ class Planner:
             if self._claim(ino):
                 yield Wish(ino, rest=False, from_tail=False)
         active = list(reversed(self._active.values()))
-        turns = [self._of_folder(folder) for folder in active if folder.streams.trusted()]
+        turns = [self._of_folder(folder) for folder in active if not folder.aimless and folder.streams.trusted()]
         while turns:
             left = []
             for turn in turns:
@@ -212,9 +218,12 @@ class Planner:
 
     def _hold_back(self, stream: Stream, ino: Ino) -> None:
         """Of large files only a few are begun ahead."""
-        version = self._tree.version(ino)
-        if version is not None and is_large(version[1].size):
+        if self._is_large(ino):
             stream.ahead = min(stream.ahead, LARGE_AHEAD)
+
+    def _is_large(self, ino: Ino) -> bool:
+        version = self._tree.version(ino)
+        return version is not None and is_large(version[1].size)
 
     def _of_followers(self, directory: Ino, count: int, ahead: int) -> Generator[Wish, None, bool]:
         """Go on into the directories behind one that is read in order, as far as `count` files. Returns whether all of
@@ -226,13 +235,19 @@ class Planner:
                 break
             directory = following
             folder = self._folder(directory)
+            of_another = folder.read > 0 and not folder.follows  # who is there already has a stream of his own
+            folder.follows = not of_another
             if not folder.read:
                 folder.inherited = max(FIRST_AHEAD, ahead)
             if not self._want_listing(directory):
                 return False
+            if of_another and not folder.roster.complete:
+                break
             drawn = 0
-            while drawn < count and (ino := folder.next_of_rest(self._tree)) is not None:
+            while drawn < count and not of_another and (ino := folder.next_of_rest(self._tree)) is not None:
                 drawn += 1
+                if self._is_large(ino):
+                    count = min(count, LARGE_AHEAD)
                 yield Wish(ino, rest=False, from_tail=folder.from_tail)
             count -= max(drawn, len(folder.roster.files))
             if count <= 0:
@@ -297,6 +312,8 @@ class Planner:
                     return
                 continue
             folder = self._folder(child)
+            if folder.repetitive or folder.orderly:
+                continue  # it is there for something else
             if folder.finished and branch.epochs > folder.epochs and child not in self._active:
                 folder.begin_epoch()
                 folder.epochs = branch.epochs

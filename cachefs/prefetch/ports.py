@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from cachefs.types import Ino, ObjectId, ObjectVersion
+from cachefs.types import Ino, ObjectId, ObjectVersion, Tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +18,11 @@ class Piece:
     version: ObjectVersion
     first: int
     count: int
+    to: Tier | None = None
+    """Where it is to be. None: shm while that takes blocks, else disk, and nothing is moved. DISK: straight to the disk
+    tier, so that it takes no room from what is read again; what no disk takes goes to shm. SHM: what is on disk only
+    comes up as well.
+    """
 
 
 class Outcome(enum.Enum):

@@ -11,7 +11,8 @@ the order of the last epoch: it is the same arithmetic. It recognises (see docs/
 A `Stream` is a band of positions: it takes what falls a little behind its head or ahead of it. Its step is the greatest
 common divisor of the last distances, so that a share of many workers who each take every n-th is still one of every
 n-th. Three positions that follow on a first one make it trusted. From then on it proposes what lies between its head
-and `ahead` steps further. `ahead` is doubled whenever so many more positions came, or a quarter of what was proposed.
+and `ahead` steps further. `ahead` is doubled whenever so many more positions came, or a quarter of what was proposed;
+beyond `FREELY` it is no more than what came.
 
 INVARIANT: `peek` gives a position once, unless the step or the direction changed meanwhile (the caller keeps
 what was proposed). All of it is integers, bounded, O(1) per call.
@@ -29,7 +30,9 @@ REACH = 64
 SLACK = 512
 """How far behind its head a position may fall that belongs to a trusted stream: workers with batches."""
 FIRST_AHEAD = 8
-MOST_AHEAD = 2048
+MOST_AHEAD = 512
+FREELY = 256
+"""More ahead than this are no more than were read: who ends here leaves as much behind in vain at most."""
 PROVEN = 4
 """A position that had been proposed counts for so many that had not."""
 DENSITY = 4
@@ -64,7 +67,7 @@ class Stream:
         """`ahead`: it goes on where another one ended, and is trusted from its beginning."""
         self.head = position
         """The furthest position."""
-        self.hits = TRUSTED if ahead else 0
+        self.hits = max(TRUSTED, ahead) if ahead else 0
         self.ahead = ahead or FIRST_AHEAD
         self.backward = False
         self.step = 1
@@ -123,7 +126,7 @@ class Stream:
         if self.trusted:
             self._credit += PROVEN if proposed else 1
             if self._credit >= self.ahead:
-                self._credit, self.ahead = 0, min(2 * self.ahead, MOST_AHEAD)
+                self._credit, self.ahead = 0, max(self.ahead, min(2 * self.ahead, MOST_AHEAD, max(FREELY, self.hits)))
 
     def _is_ahead(self, position: int) -> bool:
         return position < self.head if self.backward else position > self.head

@@ -9,7 +9,7 @@
 The ordinary way: each thread takes the next object, sends one request and hands the body over itself: no queue and no
 event loop between (docs/decisions/0009-bulk-fetch.md). Every object is tried, verified, counted and throttled as one
 that a reader asks for; only its permit comes behind those of readers. A thread whose request fails waits as the retry
-policy says before it goes on, so a store that asks for patience gets it from as many threads as it refused.
+policy says before it goes on. When the store asks for patience, all of them wait, longer each time it asks again.
 
 How many requests are worth it depends on how far the store is: a near one is kept busy by a few, and more only take the
 interpreter's lock from each other.
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import random
 import threading
 import time
 from collections.abc import Sequence
@@ -43,6 +44,8 @@ THREAD_S = 0.0005
 """One more thread for each of these that the quickest answer takes."""
 FORGET = 1.01
 """The quickest answer counts for so much more after each answer, so that it is one of the last hundred or so."""
+SLICE_S = 0.05
+"""How often who waits for a throttling store looks whether the store is closed."""
 PER_THREAD = 4
 """A helper is started for so many objects: starting one costs 60 us."""
 
@@ -57,6 +60,9 @@ class BulkGets:
         self._requests = 0
         """On their way over wires."""
         self._quickest_s = 0.0
+        self._quiet_until = 0.0
+        self._rounds = 0
+        """How often in a row the store wanted fewer requests."""
 
     def run(self, versions: Sequence[ObjectVersion], orders: Orders) -> None:
         """See `RetryingStore.get_many`."""
@@ -65,7 +71,8 @@ class BulkGets:
         if wire is not None:
             call = WireCall(self._store, wire, self, versions, orders)
             numbers = call.run()
-            if numbers and isinstance(call.throttled, StorageUnavailable):
+            if numbers and call.throttled is not None:
+                self.throttled(call.throttled)
                 numbers = self._after_a_pause(call.throttled, versions, numbers, orders)
         if numbers:
             self._run_ordinary(versions, numbers, orders)
@@ -130,9 +137,24 @@ class BulkGets:
         with self._lock:
             self._requests -= 1
 
+    def throttled(self, error: StorageUnavailable) -> None:
+        """The store wants fewer requests: none in bulk for a while, for longer each time it says so again."""
+        policy, now = self._store.policy, self._store.now()
+        with self._lock:
+            if now >= self._quiet_until:
+                self._rounds += 1
+                wait = random.uniform(0.5, 1.0) * policy.ceiling(self._rounds)
+                self._quiet_until = now + max(wait, min(error.retry_after_s or 0.0, policy.deadline_s))
+
+    def be_quiet(self) -> None:
+        """Wait as long as the store has asked for."""
+        while not self._store.closed and (left := self._quiet_until - self._store.now()) > 0:
+            time.sleep(min(left, SLICE_S))
+
     def took(self, seconds: float) -> None:
         """A request was answered in so much time."""
         self._quickest_s = min(seconds, self._quickest_s * FORGET) if self._quickest_s else seconds
+        self._rounds = 0
 
 
 class _Call:
@@ -188,6 +210,7 @@ class _Call:
         store, version = self._store, self._versions[number]
         attempts = store.attempts("get", version.key)
         while True:
+            self._gets.be_quiet()
             try:
                 permit = store.limiter.acquire(attempts.begin())
             except StorageUnavailable as error:
@@ -202,6 +225,8 @@ class _Call:
                     body = store.inner.get_range(version, 0, version.size)
                     self._gets.took(time.monotonic() - began)
             except StorageUnavailable as error:
+                if error.throttled:
+                    self._gets.throttled(error)
                 if error.retryable and not self._orders.postponed(number):
                     return None
                 try:

@@ -40,7 +40,8 @@ def background(still: Callable[[], bool]) -> Iterator[None]:
         _thread.still = before
 
 
-def _in_background() -> bool:
+def in_background() -> bool:
+    """Whether what this thread asks for now is what nobody waits for yet."""
     still: Callable[[], bool] | None = getattr(_thread, "still", None)
     return still is not None and still()
 
@@ -85,7 +86,7 @@ class AimdLimiter:
         """Wait for a permit. Raises StorageUnavailable when none came in time, or the limiter was closed."""
         deadline = self._clock() + timeout_s
         with self._changed:
-            while not (self._closed or self._admits(behind := _in_background())):
+            while not (self._closed or self._admits(behind := in_background())):
                 remaining = deadline - self._clock()
                 if remaining <= 0:
                     raise StorageUnavailable(
@@ -102,7 +103,7 @@ class AimdLimiter:
     def acquire_now(self) -> Permit | None:
         """Return a permit if one is free at this moment."""
         with self._changed:
-            behind = _in_background()
+            behind = in_background()
             if self._closed or not self._admits(behind):
                 return None
             self._in_flight += 1

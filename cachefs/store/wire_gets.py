@@ -85,7 +85,7 @@ class WireCall:
         """Requests on their way, by descriptor."""
         self._failures = 0
         """Connections in a row that were of no use."""
-        self.throttled: CachefsError | None = None
+        self.throttled: StorageUnavailable | None = None
         """What the server said that wants fewer requests."""
         self._selector = selectors.DefaultSelector()
 
@@ -231,8 +231,10 @@ class WireCall:
 
     def _throttle(self, refusal: Refusal) -> None:
         store = self._store
-        self.throttled = error_of(refusal, bucket=store.bucket, endpoint=store.endpoint, key=None)
-        store.counters.failed(self.throttled, throttled=True)
+        error = error_of(refusal, bucket=store.bucket, endpoint=store.endpoint, key=None)
+        store.counters.failed(error, throttled=True)
+        if isinstance(error, StorageUnavailable):  # it is, for a refusal of this kind
+            self.throttled = error
         self._wire.on_throttled()
         self._failures = HOPELESS
 

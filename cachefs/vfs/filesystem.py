@@ -17,7 +17,8 @@ from cachefs.types import NAME_MAX, ROOT_INO, FileKind, Ino, Tier, block_count
 from cachefs.vfs.attributes import FOREVER_S, AttributeRules, Attributes
 from cachefs.vfs.failures import Failures
 from cachefs.vfs.ports import AgentPort, FilledBlock, ListingProgress
-from cachefs.vfs.reading import MAX_TOUCHED, FileView, ReadPath
+from cachefs.vfs.ranges import RangeReads
+from cachefs.vfs.reading import MAX_TOUCHED, FileView, NoTier, ReadPath
 from cachefs.vfs.virtual import DIRECTORY as VIRTUAL_DIRECTORY
 from cachefs.vfs.virtual import END as VIRTUAL_END
 from cachefs.vfs.virtual import NAME as VIRTUAL_NAME
@@ -69,9 +70,13 @@ class FileSystem:
         self._rules = rules
         self._clock_ns = clock_ns
         self._failures = Failures()
+        self.ranges = RangeReads(reads, agent, self._failures)
+        self.keeps = True
+        """Whether what is read may be kept in the tiers, and come from there."""
         self.virtual: VirtualDirectory | None = None
         self.copied_hits = self.copied_hit_bytes = self.copied_misses = self.copied_miss_bytes = 0
         """What went through `read`; reads of the channel are counted there."""
+        self.copied_fresh = 0
         self.touched: set[bytes] = set()
         """Blocks that `read` found in the shm tier, since somebody last took this away."""
 
@@ -244,6 +249,14 @@ class FileSystem:
         shift = self.reads.shift
         return [(view.ino, index) for index in range(start >> shift, ((end - 1) >> shift) + 1)]
 
+    async def with_fresh(self, view: FileView, start: int, end: int, use: Callable[[list[memoryview]], None]) -> None:
+        """As `with_blocks`, past the tiers: the bytes come from the store. Raises as `with_blocks`."""
+        try:
+            await self.ranges.get(view, start, end, use, fresh=True)
+        except errors.Unsupported as error:
+            log.debug("%s", error)  # an agent of an older version: the same bytes, from its tiers
+            await self.with_blocks(view, start, end, use)
+
     def request_blocks(
         self,
         view: FileView,
@@ -289,21 +302,30 @@ class FileSystem:
     ) -> bool:
         reads = self.reads
         given = {block.index: block.payload for block in filled if block.payload is not None}
-        with _Nothing() if reads.blocks is None else reads.blocks.snapshot() as snapshot:
+        with NoTier() if reads.blocks is None else reads.blocks.snapshot() as snapshot:
             slices = reads.views(snapshot, view, start, end, given)
             if slices is None:
                 return False
             use(slices)
             return True
 
-    async def read(self, ino: Ino, offset: int, size: int) -> bytes:
-        """Return up to `size` bytes from `offset` (fewer at the end of the file), for callers that want a copy."""
+    async def read(self, ino: Ino, offset: int, size: int, *, direct: bool = False) -> bytes:
+        """Return up to `size` bytes from `offset` (fewer at the end of the file), for callers that want a copy.
+
+        `direct`: past the tiers.
+        """
         if self.virtual is not None and self.virtual.has(ino):
             return self.virtual_bytes(ino, offset, size)
         view = self.reads.file(ino)
         end = min(offset + size, view.size)
         if offset >= end:
             return b""
+        pieces: list[bytes] = []
+        if direct or not self.keeps:
+            await self.with_fresh(view, offset, end, lambda slices: pieces.append(b"".join(slices)))
+            self.copied_fresh += 1
+            self.copied_miss_bytes += end - offset
+            return pieces[0]
         if not offset or view.window.position < 0:
             self.reads.note_begun(ino, offset)
         wish = self.note_read(view, offset, end - offset)
@@ -320,7 +342,6 @@ class FileSystem:
                     return b"".join(slices)
         self.copied_misses += 1
         self.copied_miss_bytes += end - offset
-        pieces: list[bytes] = []
         await self.with_blocks(view, offset, end, lambda slices: pieces.append(b"".join(slices)))
         return pieces[0]
 
@@ -376,17 +397,3 @@ class FileSystem:
         """Return the figures of statfs(2), from what the memory map says: df(1) looks at every mount of a machine."""
         used, objects = self.reads.names.counts()
         return Usage(4096, VIRTUAL_BYTES, max(VIRTUAL_BYTES - used, 0), VIRTUAL_FILES, VIRTUAL_FILES - objects)
-
-
-class _Nothing:
-    """A snapshot of a tier that is off."""
-
-    def __enter__(self) -> _Nothing:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        """Nothing is open."""
-
-    def get(self, key: bytes) -> memoryview | None:
-        """Return None for every key."""
-        return None

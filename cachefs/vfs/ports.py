@@ -11,6 +11,9 @@ from typing import Protocol
 from cachefs import errors
 from cachefs.types import Ino, Tier
 
+MOST_RANGE = 8 << 20
+"""Bytes that one `AgentPort.fetch_range` may ask for."""
+
 
 @dataclass(frozen=True, slots=True)
 class Resolution:
@@ -77,6 +80,32 @@ class AgentPort(Protocol):
 
         `answer` is called once, in the trio thread, with the blocks or what `fill` raises.
         """
+        ...
+
+    async def fetch_range(self, ino: Ino, offset: int, length: int, *, fresh: bool = False) -> bytes:
+        """Return these bytes of a file (at most `MOST_RANGE`), of which no tier keeps more than it has already.
+        `fresh`: from the store, whatever the tiers have.
+
+        Raises as `fill`.
+        """
+        ...
+
+    def request_range(
+        self,
+        ino: Ino,
+        offset: int,
+        length: int,
+        answer: Callable[[bytes | errors.CachefsError], None],
+        *,
+        fresh: bool = False,
+    ) -> bool:
+        """As `fetch_range`, without a task and from any thread; returns False when there is no agent now, or one that
+        cannot do this. `answer` is called as that of `request_fill`.
+        """
+        ...
+
+    def range_ahead(self, ino: Ino, offset: int, length: int) -> None:
+        """Say that a range will be asked for soon. Returns at once and never raises. Any thread."""
         ...
 
     def readahead(self, ino: Ino, first: int, count: int) -> None:

@@ -37,6 +37,20 @@ class Snapshot(Protocol):
         ...
 
 
+class NoTier:
+    """A snapshot of a tier that is off."""
+
+    def __enter__(self) -> NoTier:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Nothing is open."""
+
+    def get(self, key: bytes) -> memoryview | None:
+        """Return None for every key."""
+        return None
+
+
 class BlocksAhead:
     """Which of the next blocks of a file the disk tier has and the shm tier has not, as far as somebody has looked.
 

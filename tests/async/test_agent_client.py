@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
+import msgspec
 import pytest
 import trio
 
@@ -26,6 +27,8 @@ class FakeAgent:
     def __init__(self) -> None:
         self.far: list[socket.socket] = []
         self.asked: list[messages.Fill] = []
+        self.ranges: list[messages.FetchRange] = []
+        self.knows_ranges = True
 
     def connect(self) -> socket.socket:
         ours, theirs = socket.socketpair()
@@ -38,7 +41,10 @@ class FakeAgent:
         for received in iter(lambda: self._receive(connection), b""):
             for request in frames.feed(received):
                 if isinstance(request, messages.Attach):
-                    connection.sendall(framing.encode(attached(request.id)))
+                    known = msgspec.structs.replace(attached(request.id), ranges=self.knows_ranges)
+                    connection.sendall(framing.encode(known))
+                elif isinstance(request, messages.FetchRange):
+                    self.ranges.append(request)
                 elif isinstance(request, messages.Fill):
                     self.asked.append(request)
 
@@ -161,3 +167,40 @@ async def test_without_a_connection_nothing_is_asked(agent: FakeAgent) -> None:
     async with connected(agent) as client:
         pass
     assert not client.request_fill(Ino(7), 3, 1, lambda outcome: pytest.fail(str(outcome)))
+
+
+async def test_a_range_is_asked_for_and_answered(agent: FakeAgent) -> None:
+    outcomes: list[bytes | errors.CachefsError] = []
+    async with connected(agent) as client:
+        assert client.request_range(Ino(7), 5, 3, outcomes.append)
+        await eventually(lambda: len(agent.ranges) == 1, timeout_s=5)
+        request = agent.ranges[0]
+        assert (request.ino, request.offset, request.length) == (7, 5, 3)
+        agent.far[-1].sendall(framing.encode(messages.FetchedRange(id=request.id, payload=b"abc")))
+        await eventually(lambda: bool(outcomes), timeout_s=5)
+    assert outcomes == [b"abc"]
+
+
+async def test_an_agent_that_knows_no_ranges_is_not_asked(agent: FakeAgent) -> None:
+    agent.knows_ranges = False
+    async with connected(agent) as client:
+        assert not client.request_range(Ino(7), 5, 3, lambda outcome: pytest.fail(str(outcome)))
+        with pytest.raises(errors.Unsupported):
+            await client.fetch_range(Ino(7), 5, 3)
+        client.range_ahead(Ino(7), 5, 3)
+        assert not client.waits
+
+
+@pytest.mark.expect_warnings("looking for another")
+async def test_the_next_agent_knows_no_ranges(agent: FakeAgent) -> None:
+    """An older version took the place of the one that was asked."""
+    outcomes: list[bytes | errors.CachefsError] = []
+    async with connected(agent) as client:
+        assert client.request_range(Ino(7), 5, 3, outcomes.append)
+        await eventually(lambda: len(agent.ranges) == 1, timeout_s=5)
+        agent.knows_ranges = False
+        agent.hang_up()
+        await eventually(lambda: bool(outcomes), timeout_s=5)
+        assert isinstance(outcomes[0], errors.Unsupported)
+        assert len(agent.ranges) == 1
+        assert not client.waits

@@ -11,6 +11,7 @@ import pytest
 from cachefs.agent.crowd import Crowd
 from cachefs.agent.guidance import Guidance
 from cachefs.agent.pins import FILE, Pin, Pins
+from cachefs.block.holdings import Limit
 from cachefs.block.lmdb_tier import TierWriter
 from cachefs.errors import StorageUnavailable, UsageError
 from cachefs.types import ObjectId
@@ -26,6 +27,9 @@ class Tier:
 
     def guide(self, **told: Any) -> None:
         self.told = told
+
+    def limit_of(self, owner: int) -> Limit:
+        return Limit(quota_bytes=500 if owner else 0)
 
 
 def oid(number: int) -> ObjectId:
@@ -78,6 +82,15 @@ async def test_too_much(rig: Rig) -> None:
     await pins.add([pin(b"a", 2, takes=900)])
     assert pins.covers(oid(2))
     assert Pins(rig.place, Guidance(None, None)).most_bytes == 0
+
+
+async def test_too_much_for_a_quota(rig: Rig) -> None:
+    pins = rig.pins()
+    await pins.add([pin(b"a", 1, takes=400)], owner=7)
+    with pytest.raises(UsageError, match="450 at most"):
+        await pins.add([pin(b"b", 2, takes=51)], owner=7)
+    assert not pins.covers(oid(2))
+    assert (pins.most_of(7), pins.most_of(0)) == (450, 900)
 
 
 async def test_what_is_over_is_let_go(rig: Rig) -> None:

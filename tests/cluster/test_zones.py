@@ -92,3 +92,19 @@ def test_a_zone_that_is_cut_off_holds_nobody_up(rig: Zones) -> None:
         assert_clean(readers.outcomes(READ_S, of=[node.name for node in rig.there]), LARGER)
     for name, outcome in here.items():
         assert outcome.longest_after(struck_s) <= WORST_STALL_MS, f"{name}: {struck_s} {outcome.stalls}"
+
+
+@pytest.mark.slow
+def test_a_warm_up_of_all_crosses_into_a_zone_once(rig: Zones) -> None:
+    """Each zone has a tree of its own, and one node of it asks the owner."""
+    came, went = rig.cluster.network.zone_bytes("b")
+    node = rig.here[0]
+    done = node.run("warmup", f"--runtime-dir={node.runtime_dir}", "--nodes=all", str(node.mounts[0].path))
+    assert done.returncode == 0, done.stdout
+    total = rig.shape.total_bytes
+    assert rig.origin_bytes == total
+    now_came, now_went = rig.cluster.network.zone_bytes("b")
+    owned_there = rig.counted(rig.there, "peer_owned_fill_bytes")
+    assert now_went - went <= HEADS * owned_there + MIB
+    assert now_came - came <= HEADS * total + MIB
+    assert rig.counted(rig.cluster.nodes, "peer_failures") == 0

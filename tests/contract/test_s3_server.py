@@ -59,6 +59,7 @@ def test_nothing_is_left_when_its_owner_is_killed(tmp_path: Path) -> None:
     assert not list(Path("/tmp").glob(f"seaweedfs-*-{port + 10_000}.sock"))
 
 
+@pytest.mark.slow
 def test_a_port_that_somebody_takes_in_time_is_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
     free_ports = s3_server._free_ports
     asked: list[tuple[int, ...]] = []

@@ -29,6 +29,7 @@ from cachefs.store.open import open_store
 from cachefs.store.retry import RetryingStore
 from cachefs.store.s3 import S3Store
 from cachefs.types import ObjectVersion
+from tests.contract.test_bulk_gets import Orders
 from tests.support.fault_proxy import Fault, FaultProxy
 
 PLAIN, ODD = "dir/plain", "dir/odd\nkey"
@@ -541,6 +542,10 @@ def test_ca_bundle(
     for key in (PLAIN, ODD):
         assert bytes(store.get_range(store.head(key).version, 0, 7)) == BODY[:7]
     store.close()
+    many, orders = open_store(config, s3_server.environment), Orders()
+    many.get_many([many.head(key).version for key in (PLAIN, ODD)] * 20, orders)
+    assert orders.bodies == dict.fromkeys(range(40), BODY)
+    many.close()
 
 
 def test_a_certificate_that_is_not_trusted(secure_proxy: FaultProxy, s3_server: S3Server, bucket: str) -> None:

@@ -68,7 +68,7 @@ def tiers(mount: Mount) -> dict[str, dict[str, int]]:
 def test_r7_what_is_read_again_comes_into_the_shm_tier(mount: Mount, proxy: FaultProxy) -> None:
     read_again(mount)
     wait_until(lambda: tiers(mount)["disk"]["hits"] >= 24, 5, "the hits are counted")
-    assert tiers(mount)["shm"]["blocks"] <= 2
+    assert tiers(mount)["shm"]["blocks"] <= 6, "a few before it was known to be a sequence: more on a busy machine"
     read_again(mount)
     wait_until(lambda: tiers(mount)["shm"]["blocks"] >= 24, 5, "what was read twice is there")
     hits = tiers(mount)["disk"]["hits"]
@@ -112,7 +112,7 @@ def test_odd_requests_give_the_bytes_of_the_file(mount: Mount, proxy: FaultProxy
     flags = ["iflag=direct"] if direct else []
     run_program(["dd", f"if={mount.path}/large", f"of={copy}", f"bs={size}", *flags])
     assert copy.read_bytes() == BODY
-    assert proxy.count("get") == 0
+    assert (proxy.count("get") > 0) == direct  # past the tiers: B2 of docs/SEMANTICS.md
 
 
 def test_several_readers_at_different_places(mount: Mount, proxy: FaultProxy) -> None:

@@ -90,6 +90,7 @@ def test_too_much_cannot_be_pinned(mount: Mount) -> None:
     assert jobs(mount.node)[-1]["state"] == "failed"
 
 
+@pytest.mark.slow
 def test_a_pin_ends(mount: Mount) -> None:
     node = mount.node
     assert run(node, "warmup", str(mount.path / "a/00")).returncode == 0

@@ -69,6 +69,29 @@ class InProcessAgent:
         """See `AgentPort.request_fill`."""
         return False
 
+    async def fetch_range(self, ino: Ino, offset: int, length: int, *, fresh: bool = False) -> bytes:
+        """See `AgentPort.fetch_range`."""
+        file = self.volume.file(ino, BLOCK)
+        store = self.volume.store
+        return bytes(await self.cache.read_range(file.oid, file.version, store, store, offset, length, fresh))
+
+    def request_range(
+        self,
+        ino: Ino,
+        offset: int,
+        length: int,
+        answer: Callable[[bytes | errors.CachefsError], None],
+        *,
+        fresh: bool = False,
+    ) -> bool:
+        """See `AgentPort.request_range`."""
+        return False
+
+    def range_ahead(self, ino: Ino, offset: int, length: int) -> None:
+        """See `AgentPort.range_ahead`."""
+        file = self.volume.file(ino, BLOCK)
+        self.cache.ranges.ahead(file.oid, file.version, self.volume.store, offset, length)
+
     def readahead(self, ino: Ino, first: int, count: int) -> None:
         """See `AgentPort.readahead`."""
         file = self.volume.file(ino, BLOCK)

@@ -12,6 +12,7 @@ from typing import Any
 from cachefs import errors
 from cachefs.store.port import ListPage, ObjectInfo
 from cachefs.types import BlockKey, ObjectId, ObjectVersion, block_key, object_id
+from peer.jobs import JobAnswer, JobRequest
 from peer.ports import Fetched
 from peer.wire import BlockRequest, Run, bytes_of
 
@@ -154,9 +155,13 @@ class FakeHoldings:
         found = self.disk.get(key)
         return found if found is not None and len(found) == length else None
 
-    def fetch(self, volume: str, version: ObjectVersion, first: int, count: int, fetched: Fetched) -> None:
+    def fetch(
+        self, volume: str, version: ObjectVersion, first: int, count: int, fetched: Fetched, *, behind: bool = False
+    ) -> None:
         """See `Holdings.fetch`."""
         self._count("fetch")
+        if behind:
+            self._count("fetch behind")
         self.fetched_runs.append((version.key, first, count))
         self._threads = [thread for thread in self._threads if thread.is_alive()]
         thread = threading.Thread(target=self._fetch, args=(volume, version, first, count, fetched))
@@ -192,6 +197,13 @@ class FakeHoldings:
         if isinstance(self.page, Exception):
             raise self.page
         return self.page, 1.5
+
+    def job(self, request: JobRequest) -> JobAnswer:
+        """See `Holdings.job`."""
+        self._count("job")
+        if request.volume != VOLUME:
+            raise errors.NotFound("this node does not hold that volume")
+        return JobAnswer(job={"state": "walking", "paths": len(request.paths)}, over=request.stop, parts=request.part)
 
     def summary(self) -> dict[str, Any]:
         """See `Holdings.summary`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 
+import msgspec
 import pytest
 
 from cachefs.errors import CachefsError, NotFound, StaleObject
@@ -18,9 +19,9 @@ from peer.many import ASKED_BLOCKS
 from peer.members import Member, View
 from peer.source import Neighbours, PeerSource
 from tests.peer.fake_holdings import BLOCK, BUCKET, ENDPOINT, VOLUME, body_of
-from tests.peer.rig import Node, Nodes, leaves_nothing, node
+from tests.peer.rig import Node, Nodes, Trust, leaves_nothing, node, trust
 
-__all__ = ["leaves_nothing", "node"]
+__all__ = ["leaves_nothing", "node", "trust"]
 
 ME = "0" * 16
 
@@ -89,19 +90,18 @@ class Recorder:
 class Rig:
     """This node and others that are really there."""
 
-    def __init__(self, nodes: dict[str, Node], *, member: bool, **limits: float) -> None:
+    def __init__(
+        self, nodes: dict[str, Node], *, member: bool, credentials: PeerCredentials | None = None, **limits: float
+    ) -> None:
         self.nodes = nodes
         self.store = Bucket()
         self.counters = Counters()
         self.client = PeerClient(
-            PeerCredentials(),
+            credentials or PeerCredentials(),
             counters=self.counters,
             limits=ClientLimits(**limits),  # type: ignore[arg-type]
         )
-        members = [
-            Member(node_id=name * 16, name=name, address=each.member.address, instance="1", tls=False)
-            for name, each in nodes.items()
-        ]
+        members = [msgspec.structs.replace(each.member, node_id=name * 16, name=name) for name, each in nodes.items()]
         if member:
             members.append(Member(node_id=ME, name="me", address="127.0.0.1:1", instance="1", tls=False))
         view = View({each.node_id: each for each in members}, {VOLUME: tuple(members)})
@@ -129,8 +129,9 @@ def rig(node: Nodes) -> Iterator[Rigs]:
     """Make rigs whose clients are closed at the end."""
     made: list[Rig] = []
 
-    def make(names: str, *, member: bool = False, **limits: float) -> Rig:
-        made.append(Rig({name: node() for name in names}, member=member, **limits))
+    def make(names: str, *, member: bool = False, credentials: PeerCredentials | None = None, **limits: float) -> Rig:
+        nodes = {name: node(credentials) for name in names}
+        made.append(Rig(nodes, member=member, credentials=credentials, **limits))
         return made[-1]
 
     yield make
@@ -147,6 +148,16 @@ def test_one_question_for_many_files(rig: Rigs, where: str) -> None:
     assert orders.came_from(Tier.PEER) == 150
     assert here.questions() <= 3 + 150 // ASKED_BLOCKS
     assert here.store.asked == []
+
+
+@pytest.mark.parametrize("kind", ["secret", "tls", "both"])
+def test_many_files_with_proof_and_over_tls(rig: Rigs, trust: Trust, kind: str) -> None:
+    here = rig("bc", credentials=trust.credentials(kind))
+    versions = here.put(200)
+    found = Recorder(versions)
+    here.source.read_many(versions, found)
+    assert found.came_from(Tier.PEER) == 200
+    assert here.counters.get("peer_failures") == 0
 
 
 def test_the_owner_asks_the_store_and_others_for_what_they_own(rig: Rigs) -> None:

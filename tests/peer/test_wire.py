@@ -153,6 +153,16 @@ def test_the_format_on_the_wire_stays() -> None:
     }
 
 
+def test_what_earlier_versions_do_not_know_is_sent_only_when_it_is_needed() -> None:
+    asked = msgspec.structs.replace(batch(run()), behind=True, step=2)
+    told = msgspec.msgpack.decode(wire.encode_batch(asked))
+    assert (told.pop("behind"), told.pop("step")) == (True, 2)
+    assert told == msgspec.msgpack.decode(wire.encode_batch(batch(run())))
+    assert wire.decode_batch(wire.encode_batch(asked)) == asked
+    with pytest.raises(wire.BadMessage):
+        wire.decode_batch(msgspec.msgpack.encode({**told, "step": 3}))
+
+
 def test_a_reason_is_short_and_can_be_sent() -> None:
     assert wire.reason_bytes("why \udc80") == b"why \\udc80"
     assert len(wire.reason_bytes("x" * 1000)) == wire.MAX_REASON_BYTES

@@ -34,6 +34,8 @@ def contents(tier: TierWriter, index: int) -> bytes | None:
     return None if value is None else bytes(memoryview(value)[codec.HEADER_SIZE :])
 
 
-def put(tier: TierWriter, blocks: Iterable[tuple[BlockKey, Bytes]], demote: Demotion | None = None) -> None:
-    """Commit payloads, as a fill does."""
-    tier.put_values([(name, codec.encode(body, name)) for name, body in blocks], demote)
+def put(
+    tier: TierWriter, blocks: Iterable[tuple[BlockKey, Bytes]], demote: Demotion | None = None, *, ahead: bool = False
+) -> None:
+    """Commit payloads, as a fill does; `ahead`: as prefetch does."""
+    tier.put_values([(name, codec.encode(body, name)) for name, body in blocks], demote, ahead=ahead)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from cachefs.metrics import Counters
 from cachefs.prefetch.ports import Entry, Listed, Outcome, Piece
 from cachefs.prefetch.scheduler import Room, VolumePrefetch
-from cachefs.types import ROOT_INO, Ino, ObjectId, ObjectVersion
+from cachefs.types import ROOT_INO, Ino, ObjectId, ObjectVersion, Tier
 
 KIB, MIB = 1 << 10, 1 << 20
 BLOCK = MIB
@@ -95,6 +95,8 @@ class Store:
     def __init__(self, capacity: int = 1 << 30) -> None:
         self.capacity = capacity
         self.cached: dict[tuple[ObjectId, int], None] = {}
+        self.far: set[tuple[ObjectId, int]] = set()
+        """What went straight to the tier behind the nearest one, which is large."""
         self.asked: list[Piece] = []
         self.outcome = Outcome.FETCHED
         self._due: list[tuple[Sequence[Piece], Callable[[Sequence[tuple[Piece, Outcome]]], None]]] = []
@@ -104,7 +106,7 @@ class Store:
         self._due.append((list(pieces), done))
 
     def holds(self, oid: ObjectId, block: int) -> bool:
-        return (oid, block) in self.cached
+        return (oid, block) in self.cached or (oid, block) in self.far
 
     def keep(self, oid: ObjectId, block: int) -> None:
         """A block comes into the cache; the oldest leaves."""
@@ -120,7 +122,10 @@ class Store:
             if self.outcome is Outcome.FETCHED:
                 for piece in pieces:
                     for block in range(piece.first, piece.first + piece.count):
-                        self.keep(piece.oid, block)
+                        if piece.to is Tier.DISK:
+                            self.far.add((piece.oid, block))
+                        else:
+                            self.keep(piece.oid, block)
             done([(piece, self.outcome) for piece in pieces])
         return bool(due)
 

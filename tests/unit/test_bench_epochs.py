@@ -91,8 +91,8 @@ def test_hits_of_later_epochs_the_scan_and_the_plan_are_judged() -> None:
     results = measured(900, 300)
     best = [0.0, 0.5, 0.5, 0.5]
     results.larger = {
-        "epoch": {"hits": [0.0, 0.49, 0.49, 0.5, 0.4], "best": best},
-        "plan": {"hits": [0.0, 0.47, 0.47, 0.47], "best": best},
+        "epoch": {"hits": [0.0, 0.49, 0.49, 0.5, 0.4], "best": best, "held_share": 0.5},
+        "plan": {"hits": [0.0, 0.47, 0.47, 0.47], "best": best, "held_share": 0.5},
     }
     verdicts = {one.text: one.verdict for one in judge(results)}
     assert verdicts["dataset twice the cache, epochs 2 to 4: share of hits"] is Verdict.REACHED

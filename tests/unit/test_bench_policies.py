@@ -13,8 +13,9 @@ import pytest
 from click.testing import CliRunner
 
 from bench.policies.__main__ import main
+from bench.policies.recorded import RECORD, load
 from bench.policies.replay import optimum, replay, replay_planned, replay_tiers
-from bench.policies.traces import RECORD, Trace, generate, load, small_files
+from bench.policies.traces import Trace, generate, small_files
 from cachefs.block.eviction import LruPolicy
 from cachefs.block.policies.epoch import EpochPolicy
 from tests.support.programs import REPOSITORY
@@ -88,7 +89,9 @@ def test_the_command_writes_figures_and_a_chart(tmp_path: Path) -> None:
     subprocess.run(
         command, cwd=REPOSITORY, check=True, timeout=60, capture_output=True
     )  # matplotlib keeps its fonts open
-    [figures] = json.loads((tmp_path / "policies.json").read_text())
+    both = json.loads((tmp_path / "policies.json").read_text())
+    [figures], [ahead] = both["policies"], both["prefetch"]
+    assert ahead["hits"]["with"] >= ahead["hits"]["without"]
     assert figures["later"]["epoch"] > figures["later"]["lru"]
     assert (tmp_path / "policies.svg").read_text().startswith("<?xml")
     assert CliRunner().invoke(main, ["--files", "320", "--only", "nothing"]).exit_code == 1

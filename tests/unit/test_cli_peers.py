@@ -51,14 +51,16 @@ def test_nobody_has_peers(runtime: RuntimeDir, tmp_path: Path) -> None:
 
 
 def test_a_cluster_that_is_well(runtime: RuntimeDir) -> None:
-    with agent(runtime, {}, cluster=cluster(member("a", self=True), member("b"))):
+    with agent(runtime, {}, cluster=cluster(member("a", self=True), member("b", groups=["train", "x"]))):
         outcome = invoke(runtime)
         assert outcome.return_value == 0
         assert "CLUSTER lab: 2 nodes, connected to etcd, origin amplification 1.50" in outcome.output
         rows = [line.split() for line in outcome.output.splitlines() if line.startswith("node-")]
         assert [row[:3] for row in rows] == [["node-a", "(this", "one)"], ["node-b", "10.0.0.98:7000", "z"]]
-        assert rows[1][3:] == ["closed", "1.2", "ms", "8", "GiB", "4", "GiB", "75%", "3", "GiB", "1", "GiB", "0", "B"]
+        assert rows[1][3:5] == ["train,x", "closed"]
+        assert rows[1][5:] == ["1.2", "ms", "8", "GiB", "4", "GiB", "75%", "3", "GiB", "1", "GiB", "0", "B"]
         [told] = json.loads(invoke(runtime, "--json").output)["clusters"]
+        assert [each["groups"] for each in told["members"]] == [[], ["train", "x"]]
         assert told["amplification"] == 1.5
         assert [each["used_bytes"] for each in told["members"]] == [4 * GIB, 4 * GIB]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,111 @@ async def test_a_full_disk_tier_is_not_written_for_nothing(tmp_path: Path) -> No
     finally:
         shm.close()
         disk.close()
+
+
+class Pair:
+    """A shm tier and a disk tier twice as large, run as the block cache runs them, without bytes from anywhere."""
+
+    def __init__(self, place: Path) -> None:
+        self.counters = Counters()
+        self.shm = open_tier(place / "shm", Tier.SHM, limit=4 * MIB)
+        self.disk = open_tier(place / "disk", Tier.DISK, limit=8 * MIB)
+        self.spiller = Spiller(self.shm, self.disk, self.counters, lambda: 0.0)
+
+    def bring(self, numbers: Sequence[int]) -> None:
+        """These come before anybody reads them."""
+        for number in numbers:
+            block = name(number)
+            if block not in self.shm and block not in self.disk:
+                put(self.shm, [(block, payload(number, 16_000))], self.spiller.demote, ahead=True)
+                self.spiller.add([block], unread=[block])
+
+    def read(self, number: int) -> bool:
+        """One is read; returns whether a tier had it."""
+        block = name(number)
+        here = block in self.shm or block in self.disk
+        if not here:
+            put(self.shm, [(block, payload(number, 16_000))], self.spiller.demote)
+            self.spiller.add([block])
+            return False
+        self.shm.touch([block])
+        self.disk.touch([block])
+        self.spiller.note_reads([block])
+        return True
+
+    def epoch(self, numbers: Sequence[int], seed: int) -> int:
+        """Read all of them in an order of their own; returns how many were hits."""
+        return sum(self.read(number) for number in random.Random(seed).sample(numbers, len(numbers)))
+
+    def close(self) -> None:
+        self.shm.close()
+        self.disk.close()
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Pair]:
+    made = Pair(tmp_path)
+    yield made
+    made.close()
+
+
+AHEAD = 25
+"""As many as a shm tier of this size keeps until they are read."""
+
+
+async def test_a_scan_that_was_fetched_ahead_costs_nothing(pair: Pair) -> None:
+    """What prefetch brings is no read, also for the disk tier: or each file would be read twice as it seems."""
+    train, before = range(1000), 0
+    for seed in range(3):
+        before = pair.epoch(train, seed)
+        await pair.spiller.flush()
+    for start in range(1000, 2000):
+        pair.bring(range(start, min(start + AHEAD, 2000)))
+        assert pair.read(start)
+        if start % 50 == 0:
+            await pair.spiller.flush()
+    after = pair.epoch(train, 7)
+    assert before > 400
+    assert after > 0.95 * before
+
+
+async def test_a_full_pair_of_tiers_holds_few_blocks_twice(pair: Pair) -> None:
+    train = range(1000)
+    for number in train:
+        pair.read(number)
+        if number % 10 == 0:
+            await pair.spiller.flush()  # while there is room, the disk tier has what the shm tier has
+    for seed in range(2):
+        pair.epoch(train, seed)
+        await pair.spiller.flush()
+    in_shm = [number for number in train if name(number) in pair.shm]
+    twice = [number for number in in_shm if name(number) in pair.disk]
+    assert pair.disk.is_full
+    assert len(in_shm) > 160
+    assert len(twice) < 0.2 * len(in_shm)
+
+
+async def test_a_tier_with_room_takes_all_that_a_plan_names(pair: Pair) -> None:
+    pair.disk.guide(next_use=lambda oid: 1_000_000)
+    keys = [name(number) for number in range(50)]
+    assert pair.disk.admitted(keys) == keys
+    fill(pair.disk, range(100, 700))
+    assert pair.disk.is_full
+    assert pair.disk.admitted(keys) == [], "nothing here is read later than these"
+
+
+@pytest.mark.expect_warnings("its data file was removed or cut")
+async def test_what_a_lost_disk_tier_had_is_written_again(pair: Pair) -> None:
+    for number in range(60):
+        pair.read(number)
+    await pair.spiller.flush()
+    assert all(name(number) in pair.disk for number in range(60))
+    (Path(pair.disk.directory) / "data.mdb").unlink()
+    pair.disk.maintain()
+    pair.disk._retry_at = 0.0
+    pair.disk.maintain()
+    assert len(pair.spiller) == 0
+    await pair.spiller.follow()
+    assert len(pair.spiller) == 60
+    await pair.spiller.flush()
+    assert all(name(number) in pair.disk for number in range(60))

@@ -90,7 +90,7 @@ def test_the_amount_ahead_grows_with_hits() -> None:
     trace.read(FILES[4:40])
     assert 16 <= len(trace.asked()) <= 200
     trace.read(FILES[40:200])
-    assert len(trace.asked()) >= 500
+    assert len(trace.asked()) >= 350
 
 
 # -- shuffled ---------------------------------------------------------------------------------------------------------

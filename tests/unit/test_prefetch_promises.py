@@ -77,7 +77,7 @@ def test_limits_and_sums_hold(
         trace.read(order[start : start + batch], batch=batch)
         outstanding, allowance = trace.prefetch.outstanding, trace.prefetch.allowance
         assert outstanding.under_way == 0
-        assert outstanding.held_bytes == outstanding.landed_bytes <= room.rest_bytes + 200 * KIB
+        assert outstanding.held_bytes == outstanding.landed_bytes <= 8 * MIB + 200 * KIB
         assert LEAST_WINDOW <= allowance.window <= MOST_WINDOW
         assert LEAST_TRUST <= allowance.trust <= 1
     trace.prefetch.outstanding.give_up()

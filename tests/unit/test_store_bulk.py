@@ -117,6 +117,7 @@ def test_what_is_taken_back_while_it_waits_is_not_asked_for_again() -> None:
     settled(store)
 
 
+@pytest.mark.expect_warnings("the store asks to slow down")
 def test_throttling_cuts_the_limit_and_all_come_in_the_end() -> None:
     store, _, versions, bodies = rig(60, Fault(Kind.THROTTLED, skip=10, times=12, retry_after_s=0.02))
     orders = Recorder()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from cachefs.block.eviction import LruPolicy
 from cachefs.block.policies.epoch import EpochPolicy
 from cachefs.block.policies.planned import IsPinned, NextUse, PlannedPolicy
-from cachefs.block.policies.segments import S3FifoPolicy
+from cachefs.block.policies.s3fifo import S3FifoPolicy
 from cachefs.block.ports import EvictionPolicy
 from cachefs.config import Eviction
 

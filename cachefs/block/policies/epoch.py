@@ -8,9 +8,9 @@ The same sample says after how many reads blocks are read again, and so how long
 taken for dead (`patience`): a little longer than nearly all. When blocks are read again that are not here, and those
 that are here are not, the job has moved to other files: then patience is what is usual, and the former files leave.
 
-It costs a hash for each read, and some microseconds for each of the sample. A copy holds a few hundred blocks, however
-many the tier has; the history those of the sample that were read in the last `MEMORY` times as many reads as the tier
-has blocks.
+A read costs a look at a flag, one of the sample some microseconds. A copy (`copies`) holds up to two hundred blocks,
+however many the tier has; the history those of the sample that were read in the last `MEMORY` times as many reads as
+the tier has blocks.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from collections import OrderedDict, deque
 
 import xxhash
 
-from cachefs.block.policies.segments import APART, STAMP_SHIFT, Segments, Way
+from cachefs.block.policies.copies import Copy, LatestCopy, RecentCopy, StableCopy
+from cachefs.block.policies.segments import Segments
+from cachefs.block.policies.ways import APART, SAMPLED, STAMP_SHIFT, Way
 from cachefs.types import BlockKey
 
-COPY_BLOCKS = 128
-"""A copy holds between this many blocks and twice as many, if the tier has them."""
+COPY_BLOCKS = 96
+"""A copy holds between this many blocks and twice as many, if the tier has them. Smaller ones see moves later."""
 MEMORY = 16
 INTERVALS = 128
 FEWEST_INTERVALS = 64
@@ -50,9 +52,7 @@ class Duel:
         self._bits = 0
         self.mask = 0
         """A block is of the sample when its hash has no bit of these."""
-        self._copies = [Segments(way, apart=0) for way in Way]
-        self._hits = [0.0] * len(self._copies)
-        """Of each copy per read, lately."""
+        self._copies: tuple[Copy, ...] = (StableCopy(), RecentCopy(), LatestCopy())
         self._history: OrderedDict[BlockKey, int] = OrderedDict()
         """When the blocks of the sample were read last."""
         self._announced: set[BlockKey] = set()
@@ -75,63 +75,52 @@ class Duel:
         self._room = max(4, blocks >> self._bits)
         self._horizon = MEMORY * blocks
 
-    def come(self, key: BlockKey, now: int) -> None:
-        """A block of the sample entered the tier because it is read, or was a moment ago."""
+    def come(self, key: BlockKey, digest: int, now: int) -> None:
+        """A block of the sample entered the tier because it is read, or was a moment ago. `digest`: see `mask`."""
         if key in self._announced:
             self._announced.discard(key)
         else:
-            self._read(key, now, None)
+            self._read(key, digest, now, None)
 
-    def read(self, key: BlockKey, now: int, last: int | None) -> None:
+    def read(self, key: BlockKey, digest: int, now: int, last: int | None) -> None:
         """A block of the sample was read; `last`: when before, if it is in the tier."""
         if last is None:
             self._announced.add(key)
-        self._read(key, now, last)
+        self._read(key, digest, now, last)
 
-    def _read(self, key: BlockKey, now: int, last: int | None) -> None:
+    def _read(self, key: BlockKey, digest: int, now: int, last: int | None) -> None:
         here = last is not None
-        last = self._history.pop(key, last)
+        history = self._history
+        last = history.pop(key, last)
         if last is not None and now - last <= APART:
-            self._history[key] = last
+            history[key] = last
             return
-        self._history[key] = now
+        history[key] = now
         if last is not None:
             self._intervals.append(now - last)
             self._here.append(here)
             self._unseen += 1
             if self._unseen >= RENEWED_AFTER and len(self._intervals) >= FEWEST_INTERVALS:
                 self._renew_patience()
-        self._compare(key, now)
+        self._compare(key, digest, now)
         if self._room:
             self._forget_old(now)
-        elif len(self._history) >= 2 * COPY_BLOCKS:
+        elif len(history) >= 2 * COPY_BLOCKS:
             self._thin_out()
 
-    def _compare(self, key: BlockKey, now: int) -> None:
-        weight = 1 / (WINDOW * self._room) if self._room else 0.0
+    def _compare(self, key: BlockKey, digest: int, now: int) -> None:
+        room = self._room
+        weight = 1 / (WINDOW * room) if room else 0.0
         best, most, current = self.way, 0.0, 0.0
-        for number, copy in enumerate(self._copies):
-            share = self._hits[number]
-            share += (self._play(copy, key, now) - share) * weight
-            self._hits[number] = share
-            if share > most:
-                best, most = copy.way, share
+        for copy in self._copies:
+            hits = copy.hits
+            copy.hits = hits = hits + (copy.play(key, digest, now, room) - hits) * weight
+            if hits > most:
+                best, most = copy.way, hits
             if copy.way is self.way:
-                current = share
+                current = hits
         if most > current + (PREFERRED if best is Way.STABLE else WORTH):
             self.way = best
-
-    def _play(self, copy: Segments, key: BlockKey, now: int) -> bool:
-        copy.now = now  # the clock of the tier: so both mean the same by patience
-        if key in copy:
-            copy.touch(key)
-            return True
-        while self._room and len(copy) >= self._room:
-            victim = copy.victim()
-            assert victim is not None
-            copy.remove(victim)
-        copy.add(key, 1)
-        return False
 
     def _renew_patience(self) -> None:
         self._unseen = 0
@@ -161,9 +150,7 @@ class Duel:
             del self._history[key]
             self._announced.discard(key)
         for copy in self._copies:
-            for key in copy.oldest_first():
-                if xxhash.xxh3_64_intdigest(key) & self.mask:
-                    copy.remove(key)
+            copy.thin_out(self.mask)
 
 
 class EpochPolicy(Segments):
@@ -179,20 +166,29 @@ class EpochPolicy(Segments):
         """A block entered the tier because it was read."""
         self.now += 1
         digest = xxhash.xxh3_64_intdigest(key)
+        if digest & self._duel.mask:
+            self._insert(key, size, 0, digest)
+        else:
+            self._attend()
+            self._duel.come(key, digest, self.now)
+            self._obey()
+            self._insert(key, size, SAMPLED, digest)
+
+    def _watch(self, key: BlockKey, number: int) -> int:
+        digest = xxhash.xxh3_64_intdigest(key)
+        if digest & self._duel.mask:
+            return number & ~SAMPLED
+        self._attend()
+        self._duel.read(key, digest, self.now, number >> STAMP_SHIFT)
+        self._obey()
+        return number
+
+    def _read_elsewhere(self, key: BlockKey) -> None:
+        digest = xxhash.xxh3_64_intdigest(key)
         if not digest & self._duel.mask:
             self._attend()
-            self._duel.come(key, self.now)
+            self._duel.read(key, digest, self.now, None)
             self._obey()
-        self._insert(key, size, 0, digest)
-
-    def touch(self, key: BlockKey) -> None:
-        """A block was read, perhaps one that is not here."""
-        if not xxhash.xxh3_64_intdigest(key) & self._duel.mask:
-            number = self._known.get(key)
-            self._attend()
-            self._duel.read(key, self.now, None if number is None else number >> STAMP_SHIFT)
-            self._obey()
-        Segments.touch(self, key)
 
     def _attend(self) -> None:
         if self.is_full:

@@ -20,35 +20,40 @@ SLOTS_PER_BLOCK = 4
 _PRINT_BITS = 16
 PRINT = (1 << _PRINT_BITS) - 1
 PRINT_SHIFT = 64 - _PRINT_BITS
-_MARK = 1 << _PRINT_BITS
-_AGE_SHIFT = _PRINT_BITS + 1
+MARK = 1 << _PRINT_BITS
+AGE_SHIFT = _PRINT_BITS + 1
+NO_DIGEST = 1 << 64
+"""Instead of the hash of a key: no ghost is like it."""
 
 
 class Ghosts:
     """Remembers blocks by the order in which they left. Not safe for several threads."""
 
-    __slots__ = ("_count", "mask", "table")
+    __slots__ = ("count", "mask", "table")
 
     def __init__(self) -> None:
         self.table = array("Q", bytes(8 * LEAST_SLOTS))
         self.mask = LEAST_SLOTS - 1
-        self._count = 0
+        self.count = 0
+        """How many blocks have left."""
 
-    def add(self, key: BlockKey, marked: bool, blocks: int) -> None:
-        """A block left a tier that holds so many others."""
+    def fit(self, blocks: int) -> None:
+        """The tier holds so many blocks."""
         if blocks * SLOTS_PER_BLOCK > self.mask < MOST_SLOTS - 1:
             self._grow(blocks)
-        self._count += 1
+
+    def add(self, key: BlockKey, marked: bool) -> None:
+        """A block left the tier."""
+        self.count = count = self.count + 1
         digest = xxhash.xxh3_64_intdigest(key)
-        mark = _MARK if marked else 0
-        self.table[digest & self.mask] = self._count << _AGE_SHIFT | mark | digest >> PRINT_SHIFT
+        self.table[digest & self.mask] = count << AGE_SHIFT | digest >> PRINT_SHIFT | (MARK if marked else 0)
 
     def find(self, digest: int) -> tuple[int, bool] | None:
         """Return how many others have left since a block did, and whether it was marked; None: nothing is known."""
         value = self.table[digest & self.mask]
         if value & PRINT != digest >> PRINT_SHIFT or not value:
             return None
-        return self._count - (value >> _AGE_SHIFT), bool(value & _MARK)
+        return self.count - (value >> AGE_SHIFT), bool(value & MARK)
 
     def _grow(self, blocks: int) -> None:
         """Begin anew with more slots: where the old ghosts would lie is not known any more."""

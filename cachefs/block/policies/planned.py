@@ -203,6 +203,11 @@ class PlannedPolicy:
         self._furthest = [-bucket for bucket in self._buckets]
         heapq.heapify(self._furthest)
 
+    @property
+    def is_stable(self) -> bool:
+        """A plan knows better."""
+        return self._next_use is None and self._policy.is_stable
+
     def size_of(self, key: BlockKey) -> int:
         """Return about how many bytes a block has; 0 when it is not known."""
         if key in self._named:

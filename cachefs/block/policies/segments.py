@@ -14,10 +14,11 @@ again and again (in epochs, the first and the third read of a block lie at least
 
 All work on the same queues, so changing from one to another costs nothing. A block that came before anybody read it
 (prefetch, readahead) waits in a queue of its own until it is read, and is a newcomer from then on: that it came is no
-read, and it does not leave before others as long as such blocks are no more than a tenth.
+read. As long as such blocks are an eighth at most, others leave as if they were not there. When there are more, because
+there was room for them when they came, what was read just now leaves before them, unless they wait for very long.
 
-What is kept of a block is one whole number (last read, size, reads, queue) in a dict and a place in a queue: 140 bytes
-with its key for a million blocks. Keys that were removed out of turn stay in their queue until it comes to them.
+What is kept of a block is one whole number (`ways`) in a dict and a place in a queue: 140 bytes with its key for a
+million blocks. Keys that were removed out of turn stay in their queue until it comes to them.
 
 INVARIANTS: `_ahead`, `_newcomers` and `_main` contain every key of `_known` in the queue that its number says;
 `_ahead_size`, `_new_size` and `_main_size` are the sums of the sizes there. No call walks over more than a few times
@@ -26,51 +27,46 @@ INVARIANTS: `_ahead`, `_newcomers` and `_main` contain every key of `_known` in 
 
 from __future__ import annotations
 
-import enum
 from collections import deque
 from itertools import chain
 
 import xxhash
 
-from cachefs.block.policies.ghosts import PRINT, PRINT_SHIFT, Ghosts
+from cachefs.block.policies.ghosts import AGE_SHIFT, MARK, NO_DIGEST, PRINT, PRINT_SHIFT, Ghosts
+from cachefs.block.policies.ways import (
+    AHEAD,
+    AHEAD_PART,
+    APART,
+    AWAITED,
+    CALM,
+    LOW,
+    MAIN,
+    MOST_STEPS,
+    NEWCOMERS,
+    READ,
+    READ_MOST,
+    READS,
+    SAMPLED,
+    SIZE_MASK,
+    SIZE_SHIFT,
+    SOON,
+    STAMP_SHIFT,
+    TURNS,
+    TWICE,
+    UNIT_SHIFT,
+    Way,
+)  # fmt: skip
 from cachefs.types import BlockKey
 
-MAIN = 1
-READ, READ_MOST, READS = 1 << 1, 3 << 1, 3 << 1
-AHEAD = 1 << 3
-SIZE_SHIFT, STAMP_SHIFT = 4, 24
-SIZE_MASK = (1 << STAMP_SHIFT - SIZE_SHIFT) - 1
-LOW = (1 << STAMP_SHIFT) - 1
-UNIT_SHIFT = 6
-"""Sizes are kept in units of 64 bytes."""
-MOST_STEPS = 128
-TURNS = 8
-"""How many blocks of the main part get another round for each block that leaves a stable tier."""
-APART = 32
-"""Reads of a block with fewer reads of others between them are one read: a block is read in several requests."""
-TWICE = 2 << 1
-AHEAD_PART = 10
-"""One part of so many of a tier may be blocks that came before their reader."""
-
-
-class Way(enum.Enum):
-    """How the queues are run."""
-
-    STABLE = enum.auto()
-    RECENT = enum.auto()
-    LATEST = enum.auto()
-
-
-NEWCOMERS = {Way.STABLE: 50, Way.RECENT: 10, Way.LATEST: 50}
-"""One part of so many is for newcomers."""
+_STABLE, _RECENT, _LATEST = Way
 
 
 class Segments:
     """Implements `cachefs.block.ports.EvictionPolicy`; `way` may be changed at any time."""
 
     __slots__ = (
-        "_ahead", "_ahead_size", "_apart", "_capacity", "_ghosts", "_known", "_leaving", "_main", "_main_size",
-        "_new_size", "_newcomers", "_reserve", "now", "patience", "way",
+        "_ahead", "_ahead_size", "_apart", "_calm", "_capacity", "_ghosts", "_known", "_leaving", "_main", "_main_size",
+        "_nearly_full", "_new_size", "_newcomers", "_reserve", "now", "patience", "way",
     )  # fmt: skip
 
     def __init__(self, way: Way, *, apart: int = APART) -> None:
@@ -93,6 +89,8 @@ class Segments:
         """What the main part leaves to them: the most that there were lately, or it would be exchanged for them."""
         self._capacity = 0
         """How much there is in a full tier; 0 as long as that is not known."""
+        self._nearly_full = 1 << 62  # nine tenths of that
+        self._calm = 0  # for so many more that leave, only the oldest newcomer needs to be looked at
         self._leaving: BlockKey | None = None
         self._ghosts = Ghosts()
 
@@ -105,40 +103,48 @@ class Segments:
 
     def bring(self, key: BlockKey, size: int) -> None:
         """A block entered the tier before anybody reads it: it is a newcomer until then, and does not leave as one."""
-        self._insert(key, size, AHEAD, 0)
+        self._insert(key, size, AHEAD | SAMPLED, NO_DIGEST)
 
     def _insert(self, key: BlockKey, size: int, flags: int, digest: int) -> None:
-        """`digest`: the hash of the key, to find its ghost; 0: none is looked for."""
+        """`digest`: the hash of the key, to find its ghost: a block that comes back soon was read that often."""
         units = (size >> UNIT_SHIFT) + 1
         if units > SIZE_MASK:
             units = SIZE_MASK
-        if key in self._known:
-            self._forget(self._known.pop(key))
+        known, way = self._known, self.way
+        if key in known:
+            self._forget(known.pop(key))
         number = self.now << STAMP_SHIFT | units << SIZE_SHIFT | flags
-        held = self._new_size + self._main_size
-        if self._capacity and held * 10 >= self._capacity * 9:
+        if self._new_size + self._main_size >= self._nearly_full:
             ghosts = self._ghosts
-            if digest and ghosts.table[digest & ghosts.mask] & PRINT == digest >> PRINT_SHIFT:
-                number |= self._returns(digest)
-        elif self._new_size * NEWCOMERS[self.way] > held:
+            ghost = ghosts.table[digest & ghosts.mask]
+            if ghost & PRINT == digest >> PRINT_SHIFT:  # (that of a block which is brought is never found)
+                age = ghosts.count - (ghost >> AGE_SHIFT)
+                if way is not _STABLE:
+                    if age < len(known):
+                        number |= MAIN
+                elif age * SOON < len(known):
+                    number |= MAIN if ghost & MARK else READ
+        elif self._new_size * NEWCOMERS[way] > self._new_size + self._main_size:
             self._settle_newcomer()
-        if self.way is Way.LATEST:
+        if way is _LATEST:
             number |= MAIN
-        self._known[key] = number
+        known[key] = number
         if number & MAIN:
             self._main.append(key)
             self._main_size += units
-        else:
-            (self._ahead if flags else self._newcomers).append(key)
+        elif flags & AHEAD:
+            self._ahead.append(key)
             self._new_size += units
-            if flags:
-                self._ahead_size += units
+            self._ahead_size += units
+        else:
+            self._newcomers.append(key)
+            self._new_size += units
 
     def adopt(self, key: BlockKey, size: int) -> None:
         """A block was in the tier before this process began: it belongs to the main part."""
         if key not in self._known:
             units = min((size >> UNIT_SHIFT) + 1, SIZE_MASK)
-            self._known[key] = self.now << STAMP_SHIFT | units << SIZE_SHIFT | MAIN
+            self._known[key] = self.now << STAMP_SHIFT | units << SIZE_SHIFT | SAMPLED | MAIN
             self._main.append(key)
             self._main_size += units
 
@@ -147,7 +153,10 @@ class Segments:
         self.now += 1
         number = self._known.get(key)
         if number is None:
+            self._read_elsewhere(key)
             return
+        if number & SAMPLED:
+            number = self._watch(key, number)
         if number & AHEAD:
             if not number & MAIN:
                 self._ahead_size -= number >> SIZE_SHIFT & SIZE_MASK
@@ -157,57 +166,82 @@ class Segments:
             low = number & LOW
             self._known[key] = self.now << STAMP_SHIFT | (low if low & READS == READ_MOST else low + READ)
 
+    def _watch(self, key: BlockKey, number: int) -> int:
+        """A block that may be of the sample is read; returns its number, without the flag if it is not."""
+        return number & ~SAMPLED
+
+    def _read_elsewhere(self, key: BlockKey) -> None:
+        """A block is read that is not here."""
+
     def remove(self, key: BlockKey) -> None:
         """A block left the tier."""
         number = self._known.pop(key, None)
         if number is None:
             return
-        self._forget(number)
         if key == self._leaving:
             self._leaving = None
-            queue = self._main if number & MAIN else self._ahead if number & AHEAD else self._newcomers
+            if number & (MAIN | AHEAD):
+                self._forget(number)
+                queue = self._main if number & MAIN else self._ahead
+            else:
+                self._new_size -= number >> SIZE_SHIFT & SIZE_MASK
+                queue = self._newcomers
             if queue and queue[0] == key:
                 queue.popleft()
             if not number & MAIN:
-                self._ghosts.add(key, number & READS != 0, len(self._known))
-        elif len(self._ahead) + len(self._newcomers) + len(self._main) > 2 * len(self._known) + 1024:
+                self._ghosts.add(key, number & READS != 0)
+            return
+        self._forget(number)
+        if len(self._ahead) + len(self._newcomers) + len(self._main) > 2 * len(self._known) + 1024:
             self._clean()
 
     def victim(self) -> BlockKey | None:
         """Return the block that leaves next; it stays known until `remove`."""
-        held = self._new_size + self._main_size
-        if held != self._capacity:
-            self._capacity = max(held, self._capacity + (held - self._capacity) // 1024)
-        if self._reserve or self._ahead_size:
-            self._reserve = max(self._ahead_size, self._reserve - (self._reserve >> 12))
+        if self._calm:
+            self._calm -= 1
+            newcomers = self._newcomers
+            if newcomers and not self._known.get(newcomers[0], MAIN) & (MAIN | TWICE | AHEAD):
+                self._leaving = key = newcomers[0]
+                return key
+        self._calm = 0
+        self._measure()
         if self._ahead_size * AHEAD_PART > self._capacity:
-            self._leaving = self._oldest_ahead()
-        elif self.way is not Way.STABLE:
-            self._leaving = self._recent_victim()
-        elif self._newcomers and self._is_usual():
-            self._leaving = self._newcomers[0]
+            leaving = self._victim_beside_many()
         else:
-            self._leaving = self._stable_victim()
-        if self._leaving is None:
-            self._leaving = self._oldest_ahead()
+            leaving = self._stable_victim() if self.way is _STABLE else self._recent_victim()
+        self._leaving = self._oldest_ahead() if leaving is None else leaving
         return self._leaving
 
-    def _is_usual(self) -> bool:
-        """Whether the oldest newcomer leaves a stable tier: nearly always, and so this is asked first, and is short."""
-        known, main = self._known, self._main
-        oldest = known.get(self._newcomers[0], MAIN)
-        head = known.get(main[0], 0) if main else 0
-        return (
-            not oldest & (MAIN | TWICE | AHEAD)
-            and head & (MAIN | READS) == MAIN
-            and self.now - (head >> STAMP_SHIFT) <= self.patience
-            and (self._main_size + (oldest >> SIZE_SHIFT & SIZE_MASK)) * 50 > (self._capacity - self._reserve) * 49
-            and self._main_size * 100 <= (self._capacity - self._reserve) * 99
-        )
+    def _victim_beside_many(self) -> BlockKey | None:
+        """Return what leaves when much waits for its readers: what was read just now, unless they stay away for long.
+
+        What was brought while there was room for it has a reader to come; what was read had its own.
+        """
+        ahead = self._oldest_ahead()
+        if ahead is not None and self.now - (self._known[ahead] >> STAMP_SHIFT) > AWAITED * len(self._known):
+            return ahead
+        for _ in range(MOST_STEPS):
+            oldest = self._oldest_newcomer()
+            if oldest is None:
+                break
+            if self._known[oldest] & READS < TWICE:
+                return oldest
+            self._settle_newcomer()
+        return ahead
+
+    def _measure(self) -> None:
+        """Something has to leave: so this is what a full tier has."""
+        held, capacity = self._new_size + self._main_size, self._capacity
+        if held != capacity:
+            self._capacity = max(held, capacity + (held - capacity) // 1024)
+            self._nearly_full = -(-self._capacity * 9 // 10)
+        if self._reserve or self._ahead_size:
+            self._reserve = max(self._ahead_size, self._reserve - (self._reserve >> 12))
+        self._ghosts.fit(len(self._known))
 
     def admits(self, key: BlockKey) -> bool:
         """Whether a block would be kept for longer than a moment if it were added now."""
-        if not self.is_full or self.way is not Way.STABLE:
+        if not self.is_full or self.way is not _STABLE:
             return True
         head = self._turn(TURNS)
         if head is None or self.now - (self._known[head] >> STAMP_SHIFT) > self.patience:
@@ -216,32 +250,38 @@ class Segments:
         if self._has_room(self._known[head if oldest is None else oldest]):
             return True
         found = self._ghosts.find(xxhash.xxh3_64_intdigest(key))
-        short = found is not None and self._is_short(found[0])
+        short = found is not None and found[0] * SOON < len(self._known)
         if found is not None and short and found[1]:
             return True
-        self._ghosts.add(key, short, len(self._known))
+        self._ghosts.add(key, short)
         return False
 
     @property
     def is_full(self) -> bool:
         """Whether something has to leave for each block that comes, as far as is known."""
-        return self._capacity != 0 and (self._new_size + self._main_size) * 10 >= self._capacity * 9
+        return self._new_size + self._main_size >= self._nearly_full
 
-    # -- the two ways --------------------------------------------------------------------------------------------------
+    # -- the ways ------------------------------------------------------------------------------------------------------
 
     def _stable_victim(self) -> BlockKey | None:
         head = self._turn(TURNS)
+        calm = 0
         if head is not None:
             number = self._known[head]
-            over = not number & READS and self._main_size * 100 > (self._capacity - self._reserve) * 99
-            if over or self.now - (number >> STAMP_SHIFT) > self.patience:
+            if self.now - (number >> STAMP_SHIFT) > self.patience:
                 return head
+            if not number & READS:
+                if self._main_size * 100 > (self._capacity - self._reserve) * 99:
+                    return head
+                calm = CALM
         for _ in range(MOST_STEPS):
             oldest = self._oldest_newcomer()
             if oldest is None:
                 break
-            if not self._has_room(self._known[oldest]):
-                if self._known[oldest] & READS < TWICE:
+            number = self._known[oldest]
+            if not self._has_room(number):
+                if number & READS < TWICE:
+                    self._calm = calm
                     return oldest
                 self._settle_newcomer()
                 return head or oldest
@@ -249,7 +289,9 @@ class Segments:
         return self._oldest_newcomer() or head or self._turn(0)
 
     def _recent_victim(self) -> BlockKey | None:
-        part, least = (NEWCOMERS[Way.RECENT], TWICE) if self.way is Way.RECENT else (self._capacity + 1, READ)
+        if self.way is _LATEST and not self._newcomers:
+            return self._turn(MOST_STEPS)
+        part, least = (NEWCOMERS[_RECENT], TWICE) if self.way is _RECENT else (self._capacity + 1, READ)
         for _ in range(MOST_STEPS):
             if (self._new_size - self._ahead_size) * part <= self._capacity and self._main_size:
                 break
@@ -266,16 +308,16 @@ class Segments:
 
         A block of a stable part that is out of patience gets none: it would get behind those that came in its place.
         """
-        main, known = self._main, self._known
-        stable, recent = self.way is Way.STABLE, self.way is Way.RECENT
+        main, known, way = self._main, self._known, self.way
+        expired = self.now - self.patience if way is _STABLE else -1
         while main:
             key = main[0]
-            number = known.get(key)
-            if number is None or not number & MAIN:
+            number = known.get(key, 0)
+            if not number & MAIN:
                 main.popleft()
-            elif turns > 0 and number & READS and not (stable and self.now - (number >> STAMP_SHIFT) > self.patience):
+            elif turns > 0 and number & READS and number >> STAMP_SHIFT >= expired:
                 main.rotate(-1)
-                known[key] = number - READ if recent else number & ~READS
+                known[key] = number - READ if way is _RECENT else number & ~READS
                 turns -= 1
             else:
                 return key
@@ -313,26 +355,11 @@ class Segments:
         if key is not None:
             self._newcomers.popleft()
             number = self._known[key]
-            self._forget(number)
             self._known[key] = number & ~READS | MAIN
             self._main.append(key)
-            self._main_size += number >> SIZE_SHIFT & SIZE_MASK
-
-    def _returns(self, digest: int) -> int:
-        """Return what is known of a block that comes back to a full tier: to which queue, and read how often."""
-        found = self._ghosts.find(digest)
-        if found is None:
-            return 0
-        age, marked = found
-        if self.way is not Way.STABLE:
-            return MAIN if age < len(self._known) else 0
-        if not self._is_short(age):
-            return 0
-        return MAIN if marked else READ
-
-    def _is_short(self, age: int) -> bool:
-        """Whether a newcomer that left so long ago came back soon, for a stable tier."""
-        return age * 8 < len(self._known)
+            units = number >> SIZE_SHIFT & SIZE_MASK
+            self._new_size -= units
+            self._main_size += units
 
     # -- book-keeping --------------------------------------------------------------------------------------------------
 
@@ -353,9 +380,13 @@ class Segments:
         main = dict.fromkeys(key for key in self._main if known.get(key, 0) & MAIN)
         self._ahead, self._newcomers, self._main = deque(ahead), deque(newcomers), deque(main)
 
-    def pinned_victim(self) -> BlockKey | None:
-        """Return None: `victim` takes all."""
-        return None
+    def pinned_victim(self) -> None:
+        """`victim` takes all."""
+
+    @property
+    def is_stable(self) -> bool:
+        """Whether it is full and keeps what it has."""
+        return self.way is _STABLE and self.is_full
 
     def size_of(self, key: BlockKey) -> int:
         """Return about how many bytes a block has; 0 when it is not known."""
@@ -371,12 +402,3 @@ class Segments:
 
     def __len__(self) -> int:
         return len(self._known)
-
-
-class S3FifoPolicy(Segments):
-    """S3-FIFO. Implements `cachefs.block.ports.EvictionPolicy`."""
-
-    __slots__ = ()
-
-    def __init__(self) -> None:
-        super().__init__(Way.RECENT)

@@ -136,6 +136,7 @@ class TierWriter(TierOrder):
             opened.env.close()
             raise errors.TierUnavailable(f"{self.directory} cannot be written: {error}") from error
         self._env, self._ledger, self._growth = opened.env, opened.ledger, growth
+        self._usable_bytes = growth.usable
         self.generation += 1
         self._unusable, self._absent, self._clean = "", "", False
         if opened.former is not None:
@@ -289,11 +290,8 @@ class TierWriter(TierOrder):
         most = 0 if self._env is None else min(GROUP_BYTES, self._growth.slack // 4)
         return max(most, self._block_cost)
 
-    def _has_room(self, size: int) -> bool:
-        return self._env is not None and self._ledger.used_bytes + size <= self._growth.usable
-
     def _make_room(self, need: int, demote: Demotion | None) -> None:
-        usable = self._growth.usable
+        usable = self._usable_bytes = self._growth.usable
         if need > usable:
             if not self._growth.growing and self._growth.may_retry():
                 return  # the file system is about to be asked for more
@@ -392,6 +390,7 @@ class TierWriter(TierOrder):
                         self.give_back(0)
                     elif not self._growth.growing:  # a tier that nobody writes to finds room, too
                         self._may_grow(self._env, STEP)
+                    self._usable_bytes = self._growth.usable
                     self._guarded(self._tend)
             except errors.CorruptBlock as error:
                 self._give_up(error)
@@ -445,6 +444,6 @@ class TierWriter(TierOrder):
             "state": self.state,
             "used_bytes": self._ledger.used_bytes,
             "limit_bytes": self.limit_bytes,
-            "usable_bytes": 0 if self._env is None else self._growth.usable,
+            "usable_bytes": 0 if self._env is None else self._usable_bytes,
             "blocks": len(self._ledger),
         }

@@ -46,6 +46,8 @@ class TierOrder:
     tier: Tier
     _counters: Counters
     _block_cost: int
+    _usable_bytes: int
+    """What blocks might take when it was last looked at: asking the file system can take long, and fail."""
     _lock: threading.RLock
     _gate: Gate
     _env: BlockEnvironment | None
@@ -111,7 +113,7 @@ class TierOrder:
 
     def _has_room(self, size: int) -> bool:
         """Whether so many bytes fit without anything leaving."""
-        return False
+        return self._env is not None and self._ledger.used_bytes + size <= self._usable_bytes
 
     # -- whose blocks they are -----------------------------------------------------------------------------------------
 

@@ -239,3 +239,23 @@ async def test_what_a_lost_disk_tier_had_is_written_again(pair: Pair) -> None:
     assert len(pair.spiller) == 60
     await pair.spiller.flush()
     assert all(name(number) in pair.disk for number in range(60))
+
+
+async def test_what_a_tier_may_use_is_known_without_asking_the_file_system(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Readers and status ask for it, and a disk that hangs or is gone is no trouble for them."""
+    for number in range(60):
+        pair.read(number)
+    await pair.spiller.flush()
+    usable = pair.disk.stats()["usable_bytes"]
+
+    def gone(_: object) -> tuple[int, int]:
+        raise errors.TierUnavailable("its file system does not answer")
+
+    monkeypatch.setattr("cachefs.block.disk_room.DiskRoom._measure", gone)
+    pair.disk._growth.growing = False
+    assert not pair.disk.is_full
+    assert pair.disk.stats()["usable_bytes"] == usable > 0
+    assert pair.disk.admitted([name(1500)]) == [name(1500)]
+    assert pair.read(5)

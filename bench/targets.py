@@ -9,13 +9,16 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from bench.results import Pass, Results
 
 _MIB = 1 << 20
 _SUBJECT = "cachefs"
 JUICEFS_MEMORY = "juicefs-memory"
+
+R = TypeVar("R")
+"""The results of a run."""
 
 
 class Verdict(enum.StrEnum):
@@ -27,14 +30,19 @@ class Verdict(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class Target(Generic[R]):
     """One line of the list of targets."""
 
     text: str
     bound: float
-    reached: Callable[[Results], float | None]
+    reached: Callable[[R], float | None]
     at_most: bool = False
     unit: str = "x"
+
+    def judge(self, results: R, write: Callable[[float], str]) -> Judgement:
+        """Compare it with a run; see `compare`."""
+        value = self.reached(results)
+        return compare(self.text, self.bound, value, at_most=self.at_most, unit=self.unit, write=write)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +93,7 @@ def peak_mib(role: str) -> Callable[[Results], float | None]:
     return compute
 
 
-def _against_juicefs(which: Pass, page: float, shm: float, large: float, random: float) -> list[Target]:
+def _against_juicefs(which: Pass, page: float, shm: float, large: float, random: float) -> list[Target[Results]]:
     name = "JuiceFS (memory cache)" + (" with the guard held for everyone" if which is Pass.GUARD else " as installed")
     lines = [
         ("page-warm small files", "small-page", page),
@@ -127,16 +135,23 @@ TARGETS = (
 
 def judge(results: Results) -> list[Judgement]:
     """Compare every target with this run."""
-    return [_judge_one(target, target.reached(results)) for target in TARGETS]
+    return [target.judge(results, _plain) for target in TARGETS]
 
 
-def _judge_one(target: Target, value: float | None) -> Judgement:
-    sign = "<=" if target.at_most else ">="
-    bound = f"{sign} {_plain(target.bound)} {target.unit}"
+def compare(
+    text: str, bound: float, value: float | None, *, at_most: bool, unit: str, write: Callable[[float], str]
+) -> Judgement:
+    """Compare a value with what has to be reached; `write` puts both into words."""
+    said = f"{'<=' if at_most else '>='} {write(bound)} {unit}".rstrip()
     if value is None:
-        return Judgement(target.text, bound, "-", Verdict.UNMEASURED)
-    good = value <= target.bound if target.at_most else value >= target.bound
-    return Judgement(target.text, bound, f"{_plain(value)} {target.unit}", Verdict.REACHED if good else Verdict.MISSED)
+        return Judgement(text, said, "-", Verdict.UNMEASURED)
+    good = value <= bound if at_most else value >= bound
+    return Judgement(text, said, f"{write(value)} {unit}".rstrip(), Verdict.REACHED if good else Verdict.MISSED)
+
+
+def brief(value: float) -> str:
+    """Write a value with three digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _plain(value: float) -> str:

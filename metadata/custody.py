@@ -23,6 +23,8 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from cachefs.durable import replace_durably
+
 STAMP = "clean.json"
 DATA_FILE = "data.mdb"
 BOOT_ID_FILE = "/proc/sys/kernel/random/boot_id"
@@ -79,17 +81,7 @@ def write_stamp(directory: str, stamp: Stamp) -> None:
         "boot": stamp.boot,
         "clean": None if clean is None else {"txn": clean.txn, "size": clean.size, "mtime_ns": clean.mtime_ns},
     }
-    temporary = Path(directory, STAMP + ".tmp")
-    with temporary.open("w", encoding="ascii") as file:
-        json.dump(fields, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(Path(directory, STAMP))
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    replace_durably(Path(directory, STAMP), json.dumps(fields).encode())
 
 
 def occupied(directory: str) -> bool:

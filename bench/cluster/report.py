@@ -12,7 +12,7 @@ from bench import report
 from bench.cluster.dataset import Shape
 from bench.cluster.runs import Figures, Terms
 from bench.cluster.transfer import Row, against_nginx, small_blocks_per_s
-from bench.targets import Judgement, Verdict
+from bench.targets import Judgement, brief, compare
 
 _TITLES = {
     "alone": "all read all shards, without peers",
@@ -129,12 +129,7 @@ _PLACEMENT_TARGET = _Target("placement among 1,000 members, per look-up", 50, un
 
 
 def _judge(target: _Target, value: float | None) -> Judgement:
-    bound = f"{'<=' if target.at_most else '>='} {target.bound:,g} {target.unit}"
-    if value is None:
-        return Judgement(target.text, bound, "-", Verdict.UNMEASURED)
-    good = value <= target.bound if target.at_most else value >= target.bound
-    shown = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-    return Judgement(target.text, bound, f"{shown} {target.unit}", Verdict.REACHED if good else Verdict.MISSED)
+    return compare(target.text, target.bound, value, at_most=target.at_most, unit=target.unit, write=brief)
 
 
 def _share(figures: Mapping[str, Figures], name: str) -> float:

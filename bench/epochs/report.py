@@ -11,7 +11,7 @@ from typing import Any
 
 from bench import report
 from bench.epochs.runs import Figures
-from bench.targets import Judgement, Verdict
+from bench.targets import Judgement, Target, brief
 
 FIRST = {
     "listing": "one reader, one directory, in listing order",
@@ -79,15 +79,6 @@ class EpochResults:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class _Target:
-    text: str
-    bound: float
-    reached: Callable[[EpochResults], float | None]
-    at_most: bool = False
-    unit: str = "x"
-
-
 def _peers(scenario: str, *, s3_only: bool) -> Callable[[EpochResults], float | None]:
     return lambda results: results.against_peers(scenario, s3_only=s3_only)
 
@@ -129,40 +120,31 @@ def _amplification(results: EpochResults) -> float | None:
     return float(results.waste["points"]["origin_bytes"] / results.waste["points"]["read_bytes"])
 
 
-TARGETS = (
+TARGETS: tuple[Target[EpochResults], ...] = (
     *(
-        _Target(f"first epoch, {title}: against the best peer that reads S3", 2.0,
+        Target(f"first epoch, {title}: against the best peer that reads S3", 2.0,
                 _peers(name, s3_only=True))
         for name, title in FIRST.items()
     ),
     *(
-        _Target(f"first epoch, {title}: against the best of all", 2.0,
+        Target(f"first epoch, {title}: against the best of all", 2.0,
                 _peers(name, s3_only=False))
         for name, title in FIRST.items()
     ),
-    _Target(f"first epoch, {FIRST['listing']}: of the server's own rate", 0.5, lambda r: r.against_server("listing")),
-    _Target("first epoch with S3 20 ms away: against the same without prefetch", 10.0, _far_gain),
-    _Target("dataset twice the cache, epochs 2 to 4: share of hits", 0.48, lambda r: _later(r, "epoch"), unit=""),
-    _Target("the same with a plan: below Belady's optimum by", 0.02, _below_best, at_most=True, unit=""),
-    _Target("a scan of other files costs the next epoch, of its hits", 0.05, _lost_by_scan, at_most=True, unit=""),
-    _Target("prefetched in vain, on a mix", 0.10, lambda r: _wasted(r, "mix"), at_most=True, unit=""),
-    _Target("prefetched in vain, random points", 0.02, lambda r: _wasted(r, "points"), at_most=True, unit=""),
-    _Target("bytes fetched for random points of 4 KiB, per byte read", 1.2, _amplification, at_most=True),
+    Target(f"first epoch, {FIRST['listing']}: of the server's own rate", 0.5, lambda r: r.against_server("listing")),
+    Target("first epoch with S3 20 ms away: against the same without prefetch", 10.0, _far_gain),
+    Target("dataset twice the cache, epochs 2 to 4: share of hits", 0.48, lambda r: _later(r, "epoch"), unit=""),
+    Target("the same with a plan: below Belady's optimum by", 0.02, _below_best, at_most=True, unit=""),
+    Target("a scan of other files costs the next epoch, of its hits", 0.05, _lost_by_scan, at_most=True, unit=""),
+    Target("prefetched in vain, on a mix", 0.10, lambda r: _wasted(r, "mix"), at_most=True, unit=""),
+    Target("prefetched in vain, random points", 0.02, lambda r: _wasted(r, "points"), at_most=True, unit=""),
+    Target("bytes fetched for random points of 4 KiB, per byte read", 1.2, _amplification, at_most=True),
 )  # fmt: skip
 
 
 def judge(results: EpochResults) -> list[Judgement]:
     """Compare every target with this run."""
-    return [_judge_one(target, target.reached(results)) for target in TARGETS]
-
-
-def _judge_one(target: _Target, value: float | None) -> Judgement:
-    bound = f"{'<=' if target.at_most else '>='} {target.bound:g} {target.unit}".rstrip()
-    if value is None:
-        return Judgement(target.text, bound, "-", Verdict.UNMEASURED)
-    good = value <= target.bound if target.at_most else value >= target.bound
-    reached = f"{value:.3g} {target.unit}".rstrip()
-    return Judgement(target.text, bound, reached, Verdict.REACHED if good else Verdict.MISSED)
+    return [target.judge(results, brief) for target in TARGETS]
 
 
 def first_rows(results: EpochResults) -> list[list[str]]:

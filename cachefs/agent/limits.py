@@ -13,7 +13,6 @@ Limits that cannot be read or written are said, and hold until the agent ends.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from cachefs.block.holdings import Limit
 from cachefs.block.lmdb_tier import TierWriter
 from cachefs.block.tier_files import boot_id
 from cachefs.config import LimitsConfig, from_plain
+from cachefs.durable import replace_durably
 from cachefs.types import Tier
 
 log = logging.getLogger(__name__)
@@ -113,7 +113,8 @@ class VolumeLimits:
             for tier in self._tiers:
                 await trio.to_thread.run_sync(tier.limit, self.of(tier.tier))
             try:
-                await trio.to_thread.run_sync(self._store)
+                kept = msgspec.msgpack.encode(_Kept(FORMAT, list(self._entries.values())))
+                await trio.to_thread.run_sync(replace_durably, self._path, kept)
             except OSError as error:
                 log.warning("the limits of volumes cannot be kept (%s): the next agent begins without them", error)
         log.info("limits of %s: %s", source, entry)
@@ -123,9 +124,3 @@ class VolumeLimits:
         for tier in self._tiers:
             while await trio.to_thread.run_sync(tier.learn_holdings):
                 await trio.lowlevel.checkpoint()
-
-    def _store(self) -> None:
-        """Replace the file. BLOCKS. Raises OSError."""
-        temporary = self._path.with_suffix(".new")
-        temporary.write_bytes(msgspec.msgpack.encode(_Kept(FORMAT, list(self._entries.values()))))
-        os.replace(temporary, self._path)

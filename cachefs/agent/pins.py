@@ -27,6 +27,7 @@ import trio
 from cachefs import errors
 from cachefs.agent.guidance import Guidance
 from cachefs.block.holdings import NOBODY
+from cachefs.durable import replace_durably
 from cachefs.types import ObjectId
 
 log = logging.getLogger(__name__)
@@ -170,7 +171,7 @@ class Pins:
 
     async def _change(self, pins: list[Pin]) -> None:
         try:
-            await trio.to_thread.run_sync(_store, self._path, _Kept(FORMAT, pins))
+            await trio.to_thread.run_sync(replace_durably, self._path, msgspec.msgpack.encode(_Kept(FORMAT, pins)))
         except OSError as error:
             raise errors.StorageUnavailable(f"{self._path} cannot be written: {error}", retryable=False) from error
         self._pins = pins
@@ -195,18 +196,3 @@ def _sorted_numbers(oids: Iterable[bytes]) -> array[int]:
         halves = array("Q", each)
         numbers.extend(halves[::2])
     return array("Q", sorted(numbers))
-
-
-def _store(path: Path, kept: _Kept) -> None:
-    """Replace the file. BLOCKS. Raises OSError."""
-    temporary = path.with_suffix(".new")
-    with temporary.open("wb") as file:
-        file.write(msgspec.msgpack.encode(kept))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -23,7 +23,7 @@ from cachefs.agent.volumes import Volume
 from cachefs.block.block_cache import BlockCache
 from cachefs.metrics import Counters
 from cachefs.prefetch.plan import Plan
-from cachefs.prefetch.ports import Entry, Listed, Outcome, Piece
+from cachefs.prefetch.ports import Entry, Listed, Outcome, Piece, Tree
 from cachefs.prefetch.scheduler import Scheduler, Space, VolumePrefetch
 from cachefs.types import ROOT_INO, BlockKey, FileKind, Ino, ObjectId, ObjectVersion, block_key
 from metadata.names import sort_key
@@ -151,7 +151,7 @@ class Prefetching:
             prefetch = self._of(volume)
             prefetch.note(begun)
             if prefetch.planner.plan is not None:
-                self._cache.reorder(_blocks_of(volume, begun, self._cache.block_size))
+                self._cache.reorder(_blocks_of(prefetch.tree, begun))
         except Exception as error:  # noqa: BLE001 - readers do without it
             self._give_up(error)
         self._wake()
@@ -272,9 +272,8 @@ class Prefetching:
             self._wake()
 
 
-def _blocks_of(volume: Volume, begun: Sequence[tuple[int, int]], block_size: int) -> list[BlockKey]:
-    names = KnownNames(volume, block_size)
-    versions = ((names.version(Ino(ino)), block) for ino, block in begun)
+def _blocks_of(tree: Tree, begun: Sequence[tuple[int, int]]) -> list[BlockKey]:
+    versions = ((tree.version(Ino(ino)), block) for ino, block in begun)
     return [block_key(version[0], block) for version, block in versions if version is not None]
 
 

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cachefs import errors
+from cachefs.durable import replace_durably
 
 log = logging.getLogger(__name__)
 
@@ -130,17 +131,7 @@ class Stamp:
 
     def store(self, directory: str) -> None:
         """Replace the stamp, durably. Raises OSError."""
-        temporary = Path(directory, f"{STAMP_FILE}.tmp")
-        with temporary.open("wb") as file:
-            file.write(json.dumps(asdict(self)).encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, Path(directory, STAMP_FILE))
-        folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        replace_durably(Path(directory, STAMP_FILE), json.dumps(asdict(self)).encode())
 
 
 def in_use() -> Stamp:

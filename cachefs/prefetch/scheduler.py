@@ -65,10 +65,10 @@ class VolumePrefetch:
     """What is brought ahead for one volume."""
 
     def __init__(self, tree: Tree, fetches: Fetches, block_size: int, counters: Counters) -> None:
+        self.tree = tree
         self.planner = Planner(tree)
         self.allowance = Allowance()
         self.outstanding = Outstanding(counters, self.allowance)
-        self._tree = tree
         self._fetches = fetches
         self._block_size = block_size
         self._extra: list[tuple[Ino, Piece, int]] = []
@@ -102,7 +102,7 @@ class VolumePrefetch:
 
     def _note_tail(self, ino: Ino, block: int) -> bool:
         """Whether a file was begun at its end; then its head comes next."""
-        version = self._tree.version(ino)
+        version = self.tree.version(ino)
         if version is None:
             return False
         at_tail = self._tail(version[1].size) <= block < block_count(version[1].size, self._block_size)
@@ -164,7 +164,7 @@ class VolumePrefetch:
             if wish is None:
                 break
             looked += 1
-            version = None if wish.ino in self.outstanding else self._tree.version(wish.ino)
+            version = None if wish.ino in self.outstanding else self.tree.version(wish.ino)
             if version is not None:
                 for piece in self._pieces(version, from_tail=wish.from_tail, to=to):
                     length = min(piece.count * self._block_size, version[1].size - piece.first * self._block_size)

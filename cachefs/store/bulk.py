@@ -71,25 +71,14 @@ class BulkGets:
         if wire is not None:
             call = WireCall(self._store, wire, self, versions, orders)
             numbers = call.run()
-            if numbers and call.throttled is not None:
+            if call.throttled is not None:
                 self.throttled(call.throttled)
-                numbers = self._after_a_pause(call.throttled, versions, numbers, orders)
+                if (call.throttled.retry_after_s or 0.0) > self._store.policy.deadline_s:
+                    for number in numbers:
+                        orders.failed(number, call.throttled)
+                    return
         if numbers:
             self._run_ordinary(versions, numbers, orders)
-
-    def _after_a_pause(
-        self, error: StorageUnavailable, versions: Sequence[ObjectVersion], numbers: Sequence[int], orders: Orders
-    ) -> Sequence[int]:
-        """Wait as the retry policy says; returns what is to be asked for then."""
-        attempts = self._store.attempts("get", versions[numbers[0]].key)
-        attempts.begin()
-        try:
-            attempts.wait_after(error)
-        except StorageUnavailable as final:
-            for number in numbers:
-                orders.failed(number, final)
-            return ()
-        return numbers
 
     def _run_ordinary(self, versions: Sequence[ObjectVersion], numbers: Sequence[int], orders: Orders) -> None:
         call = _Call(self, self._store, versions, numbers, orders)

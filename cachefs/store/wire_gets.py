@@ -216,7 +216,6 @@ class WireCall:
         self._end(sent)
         sent.connection.close()
         refusal = error.refusal if isinstance(error, Unusual) else None
-        first = refusal is not None and refusal.throttled and self.throttled is None
         if refusal is None:
             self._store.limiter.failed(sent.permit)
             broken = StorageUnavailable(f"endpoint {self._store.endpoint} does not answer as it should ({error})")
@@ -226,7 +225,7 @@ class WireCall:
             self._throttle(refusal)
         else:
             self._store.limiter.failed(sent.permit)  # asked again it says more, and is counted then
-        if self._lost(sent.number, error) and not first:  # the pause after the first one counts it
+        if self._lost(sent.number, error):
             self._store.counters.retried()
 
     def _throttle(self, refusal: Refusal) -> None:

@@ -17,6 +17,7 @@ MIB = 1 << 20
 pytestmark = pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="this kernel has no IPv6")
 
 
+@pytest.mark.slow
 def test_peers_find_and_serve_each_other(s3_server: S3Server, bucket: Bucket) -> None:
     bodies = {f"part-{number}": content(str(number), 9 * MIB) for number in range(4)}
     bucket.fill(bodies)

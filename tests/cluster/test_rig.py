@@ -280,9 +280,8 @@ with S3Server() as server, Bucket.create(server) as bucket:
 """
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=["kill -9", "Ctrl-C"]
-)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
+@pytest.mark.slow
 def test_what_was_left_is_removed(number: signal.Signals) -> None:
     child = subprocess.Popen([sys.executable, "-c", LEAVER], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
     assert child.stdout is not None

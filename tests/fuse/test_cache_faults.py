@@ -120,7 +120,7 @@ def environments(node: Node, where: str) -> list[Path]:
 @pytest.mark.parametrize(
     "killed", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["after umount", "after kill -9"]
 )
-@pytest.mark.parametrize("where", ["disk", "volumes"])
+@pytest.mark.parametrize("where", ["disk", pytest.param("volumes", marks=pytest.mark.slow)])
 def test_damaged_files_in_the_cache_directory(
     make_node: Callable[..., Node], bucket: Bucket, proxy: FaultProxy, where: str, killed: bool
 ) -> None:
@@ -157,6 +157,7 @@ def test_an_untouched_cache_is_used(node: Node, bucket: Bucket, proxy: FaultProx
     assert proxy.count("get") == 0
 
 
+@pytest.mark.slow
 def test_a_damaged_shm_tier_between_two_lives(
     make_node: Callable[..., Node], bucket: Bucket, proxy: FaultProxy
 ) -> None:
@@ -226,6 +227,7 @@ def test_the_cache_directory_vanishes_while_mounted(node: Node, bucket: Bucket, 
     assert (mount.path / "new").exists() is False or (mount.path / "new").read_bytes() == b"new"
 
 
+@pytest.mark.slow
 def test_the_cache_directory_is_removed_between_two_mounts(
     make_node: Callable[..., Node], bucket: Bucket, proxy: FaultProxy
 ) -> None:
@@ -301,6 +303,7 @@ def narrow_shm(needs_root: None, tmp_path: Path) -> Iterator[Path]:
         yield place
 
 
+@pytest.mark.slow
 def test_the_tmpfs_fills_up_from_outside(
     make_node: Callable[..., Node], bucket: Bucket, proxy: FaultProxy, narrow_shm: Path
 ) -> None:
@@ -326,6 +329,7 @@ def test_the_tmpfs_fills_up_from_outside(
         assert len(warnings(node)) <= 20, warnings(node)
 
 
+@pytest.mark.slow
 def test_a_full_tmpfs_from_the_start(
     make_node: Callable[..., Node], bucket: Bucket, proxy: FaultProxy, narrow_shm: Path
 ) -> None:

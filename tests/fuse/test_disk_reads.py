@@ -208,6 +208,7 @@ def test_r3_damage_while_it_is_mounted_is_a_miss(mount: Mount, damage: str) -> N
         assert tiers(mount)["disk"]["corrupt"] > 0
 
 
+@pytest.mark.slow
 def test_a_tier_that_begins_anew_is_followed(make_node: Callable[..., Node], bucket: Bucket, proxy: FaultProxy) -> None:
     """The worker reads from the new file, and does not keep the room of the old one."""
     node = make_node(shm_size="16MiB")

@@ -51,7 +51,7 @@ def reads(mount: Mount) -> int:
     return int(mount.status()["counters"].get("fuse_reads", 0))
 
 
-@pytest.mark.parametrize("engine", ["channel", "pyfuse3"])
+@pytest.mark.parametrize("engine", ["channel", pytest.param("pyfuse3", marks=pytest.mark.slow)])
 def test_a_block_that_is_used_outlives_those_that_are_not(
     make_node: Callable[..., Node], s3_server: S3Server, bucket: Bucket, engine: str
 ) -> None:

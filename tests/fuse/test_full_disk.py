@@ -92,6 +92,7 @@ def test_others_fill_the_disk(make_node: Callable[..., Node], disk: Path, origin
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.slow
 def test_metadata_moves_to_the_tmpfs_while_it_is_in_use(
     make_node: Callable[..., Node], disk: Path, origin: Path
 ) -> None:

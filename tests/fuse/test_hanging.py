@@ -98,6 +98,7 @@ def test_m11_one_thread_that_hangs_is_enough(
     assert output(python(READ, mount.path / "later")) == OBJECTS["later"]
 
 
+@pytest.mark.slow
 def test_m11_nothing_is_killed_after_everything_stood_still(node: Node, bucket: Bucket, proxy: FaultProxy) -> None:
     """As a laptop that slept, or a container that was paused."""
     mount = mount_objects(node, bucket, proxy)

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from cachefs.mount.journal import MAX_LOG_BYTES
 from tests.fuse.agent_rig import agent_file
 from tests.support.fault_proxy import Fault, FaultProxy
@@ -101,6 +103,7 @@ def test_a_log_file_that_is_gone_keeps_no_agent_from_starting(node: Node, bucket
     assert agent_status(node)["log_file"] == str(agent_file(node, "log"))
 
 
+@pytest.mark.slow
 def test_the_agents_own_log_does_not_grow_for_ever(node: Node, bucket: Bucket, proxy: FaultProxy) -> None:
     mount = mount_file(node, bucket, proxy)
     with agent_file(node, "log").open("ab") as log:

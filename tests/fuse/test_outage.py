@@ -65,7 +65,12 @@ def all_at_once(action: str, path: Path, readers: int = READERS) -> list[tuple[s
 
 
 @pytest.mark.parametrize(
-    ("what", "engine"), [*((what, "channel") for what in ACTIONS), ("reads of a small file", "pyfuse3")]
+    ("what", "engine"),
+    [
+        ("reads of a small file", "channel"),
+        *(pytest.param(what, "channel", marks=pytest.mark.slow) for what in ACTIONS if what != "reads of a small file"),
+        pytest.param("reads of a small file", "pyfuse3", marks=pytest.mark.slow),
+    ],
 )
 def test_r4_many_readers_wait_no_longer_than_one(
     node: Node, bucket: Bucket, proxy: FaultProxy, what: str, engine: str
@@ -81,6 +86,7 @@ def test_r4_many_readers_wait_no_longer_than_one(
     assert min(took_s for _, took_s in outcomes) > IO_TIMEOUT_S / 2
 
 
+@pytest.mark.slow
 def test_r4_who_comes_when_the_store_is_back_gets_the_bytes(node: Node, bucket: Bucket, proxy: FaultProxy) -> None:
     mount = mount_objects(node, bucket, proxy, "--metadata-ttl=1h")
     proxy.down = True
@@ -95,6 +101,7 @@ def test_r4_who_comes_when_the_store_is_back_gets_the_bytes(node: Node, bucket: 
     assert (mount.path / "d/f2").read_bytes() == b"x" * 100
 
 
+@pytest.mark.slow
 def test_r4_who_comes_later_waits_as_if_nothing_had_been(node: Node, bucket: Bucket, proxy: FaultProxy) -> None:
     mount = mount_objects(node, bucket, proxy, "--metadata-ttl=1h")
     proxy.down = True

@@ -112,7 +112,11 @@ def test_two_nodes_fetch_every_byte_once(make_node: Callable[..., Node], bucket:
     assert "2 nodes in cluster" in one.node.run("status", f"--runtime-dir={one.node.runtime_dir}").stdout
 
 
-@pytest.mark.parametrize("second", [{"shm_size": "0"}, {"cache_size": "0"}], ids=["no shm tier", "no disk tier"])
+@pytest.mark.parametrize(
+    "second",
+    [{"shm_size": "0"}, pytest.param({"cache_size": "0"}, marks=pytest.mark.slow)],
+    ids=["no shm tier", "no disk tier"],
+)
 def test_a_node_that_lacks_a_tier_gives_and_takes(
     make_node: Callable[..., Node], bucket: Bucket, options: list[str], second: dict[str, str]
 ) -> None:
@@ -351,6 +355,7 @@ def test_readers_do_not_wait_for_etcd_when_their_agent_has_died(
     wait_for_members(node, os.uname().nodename)
 
 
+@pytest.mark.slow
 def test_an_agent_that_cannot_be_a_peer_any_more_serves_its_readers_and_becomes_one_again(
     make_node: Callable[..., Node], bucket: Bucket, options: list[str], secret: Path
 ) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
 from tests.fuse.test_cache_faults import OBJECTS, mount_objects, read_all
 from tests.support.fault_proxy import FaultProxy
 from tests.support.machine import stopped, wait_until
@@ -41,6 +43,7 @@ def test_two_mounts_with_other_rules_stay_apart(node: Node, bucket: Bucket, prox
     assert (trusting.path / "file").read_bytes() == b"one"
 
 
+@pytest.mark.slow
 def test_ten_mounts_on_one_agent(node: Node, bucket: Bucket, proxy: FaultProxy) -> None:
     bodies = {f"p{number}/file": content(f"p{number}", 300_000) for number in range(10)}
     bucket.fill(bodies)

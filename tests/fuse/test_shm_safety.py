@@ -87,6 +87,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.slow
 def test_no_reader_slot_is_a_miss_and_no_error(node: Node, bucket: Bucket, proxy: FaultProxy) -> None:
     mount = mount_objects(node, bucket, proxy)
     command = [sys.executable, "-c", HOLDER, str(node.shm_directory), str(LOCK_BYTES // 64)]

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from cachefs.config import CacheConfig, LogConfig, as_plain
 from tests.support.fault_proxy import FaultProxy
 from tests.support.machine import kill, stopped, wait_until
@@ -86,6 +88,7 @@ def test_an_agent_whose_starter_died_meanwhile_ends_in_order(node: Node) -> None
     assert not node.shm_directory.exists()
 
 
+@pytest.mark.slow
 def test_an_agent_that_is_told_to_end_while_it_starts_takes_the_tier_with_it(
     make_node: Callable[..., Node], bucket: Bucket, proxy: FaultProxy
 ) -> None:

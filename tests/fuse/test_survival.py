@@ -41,7 +41,7 @@ def mount_objects(node: Node, bucket: Bucket, proxy: FaultProxy, *options: str) 
 # -- M1 ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ["channel", "pyfuse3"])
+@pytest.mark.parametrize("engine", ["channel", pytest.param("pyfuse3", marks=pytest.mark.slow)])
 def test_m1_killed_workers_are_not_noticed(node: Node, bucket: Bucket, proxy: FaultProxy, engine: str) -> None:
     mount = mount_objects(node, bucket, proxy, f"--engine={engine}")
     with reading(mount.path, OBJECTS):

@@ -82,6 +82,7 @@ def test_m8_killed_workers_find_their_files_again_and_again(node: Node, bucket: 
     assert (mount.path / "later").read_bytes() == OBJECTS["later"]
 
 
+@pytest.mark.slow
 def test_m8_without_agent_and_files_it_is_a_crash_that_the_log_explains(
     node: Node, bucket: Bucket, proxy: FaultProxy
 ) -> None:

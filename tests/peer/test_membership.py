@@ -233,6 +233,7 @@ async def test_an_etcd_that_lost_everything_does_not_empty_the_view(etcd: EtcdSe
 
 
 @pytest.mark.expect_warnings(OUT_OF_REACH)
+@pytest.mark.slow
 async def test_an_etcd_that_was_silent_longer_than_all_leases_does_not_empty_the_view(etcd: EtcdServer) -> None:
     nodes = some(etcd.settings(), 3)
     async with running(*nodes):

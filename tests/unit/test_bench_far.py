@@ -105,6 +105,7 @@ def test_what_crosses_the_link_is_late_and_whole() -> None:
 
 
 @needs_link
+@pytest.mark.slow
 def test_a_store_behind_the_link_is_a_store(tmp_path: Path) -> None:
     assert run_python(STORE, tmp_path).split() == ["True", "True"]
     assert list(tmp_path.iterdir()) == []

@@ -41,7 +41,7 @@ class Nothing:
         """See `EvictionPolicy.victim`."""
         return None
 
-    pinned_victim = victim
+    take = pinned_victim = victim
 
     def admits(self, key: BlockKey) -> bool:
         """See `EvictionPolicy.admits`."""
@@ -96,20 +96,22 @@ class Tier:
 
     def put(self, key: BlockKey, demote: Callable[[BlockKey], object] | None = None, *, ahead: bool = False) -> bool:
         """Make room and add, perhaps ahead of its reader; return whether there was room."""
-        size = self._sizes[key]
-        while self.used + size > self.capacity:
-            victim = self.policy.victim()
+        sizes, policy = self._sizes, self.policy
+        size = sizes[key]
+        used = self.used + size
+        while used > self.capacity:
+            victim = policy.take()
             if victim is None:
+                self.used = used - size
                 return False
             if demote is not None:
                 demote(victim)
-            self.policy.remove(victim)
-            self.used -= self._sizes[victim]
+            used -= sizes[victim]
+        self.used = used
         if ahead:
-            self.policy.bring(key, size)
+            policy.bring(key, size)
         else:
-            self.policy.add(key, size)
-        self.used += size
+            policy.add(key, size)
         return True
 
 
@@ -173,19 +175,20 @@ class TwoTiers:
 
 def replay(trace: Trace, policy: EvictionPolicy, tell: Callable[[int], object] | None = None) -> Outcome:
     """Read everything through one tier. `tell` hears which read is next."""
-    tier = Tier(policy, trace.capacity, trace.sizes)
+    tier, keys = Tier(policy, trace.capacity, trace.sizes), trace.keys
+    touch, put = policy.touch, tier.put
     counts, start, begun = [], 0, time.process_time()
     for end in trace.phases:
         hits = 0
         for at in range(start, end):
-            key = trace.keys[at]
+            key = keys[at]
             if tell is not None:
                 tell(at)
             if key in policy:
                 hits += 1
-                policy.touch(key)
+                touch(key)
             else:
-                tier.put(key)
+                put(key)
         counts.append(hits / max(1, end - start))
         start = end
     spent = time.process_time() - begun

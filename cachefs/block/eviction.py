@@ -67,6 +67,14 @@ class LruPolicy:
             self._batch.extend(islice(self._order, BATCH))
             self._batched.update(self._batch)
 
+    def take(self) -> BlockKey | None:
+        """Remove the oldest block, and return it."""
+        key = self.victim()
+        if key is not None:
+            del self._order[key]
+            self._batched.discard(key)
+        return key
+
     def pinned_victim(self) -> BlockKey | None:
         """Return None: `victim` takes all."""
         return None

@@ -92,9 +92,10 @@ class Lane:
 
     def take_victim(self) -> BlockKey | None:
         """Take the block to evict next out of the order, a pinned one if there is no other (the quota was lowered)."""
-        key = self.policy.victim() or self.policy.pinned_victim()
-        if key is not None:
+        key = self.policy.take()
+        if key is None and (key := self.policy.pinned_victim()) is not None:
             self.policy.remove(key)
+        if key is not None:
             self._leaving.add(key)
         return key
 

@@ -95,11 +95,11 @@ class Ledger:
             if double in self._policy:
                 self._policy.remove(double)
                 return double
-        key = self._policy.victim()
+        key = self._policy.take()
         if key is None and even_pinned:
             key = self._policy.pinned_victim()
-        if key is not None:
-            self._policy.remove(key)
+            if key is not None:
+                self._policy.remove(key)
         return key
 
     def keep(self, key: BlockKey, length: int) -> None:

@@ -83,6 +83,10 @@ class EvictionPolicy(Protocol):
         """Return the block to evict next (it stays known until `remove`), or None when there is none that may go."""
         ...
 
+    def take(self) -> BlockKey | None:
+        """Remove the block to evict next and return it, or None: `victim` and `remove` in one call."""
+        ...
+
     def pinned_victim(self) -> BlockKey | None:
         """Return a block that should not go, once `victim` has returned None and something must; None: all are gone."""
         ...

@@ -1,8 +1,8 @@
 """Tiers in small, one for each way in which a tier can be run: what `cachefs.block.policies.epoch` compares.
 
-They hold keys only, all blocks being of one size, and are told of each read of a sample of the blocks. `StableCopy` is
-the body of the policies itself, as it has to mean the same by patience and merit; the two others are written anew
-because they need neither: so a contest costs half.
+They hold keys only, all blocks being of one size, and are told of each read of a sample of the blocks. Each does what
+`cachefs.block.policies.segments` does in its way, without what a copy does not need (sizes, what comes ahead of its
+reader, blocks that leave out of turn): so a contest costs less.
 
 INVARIANT: none holds more blocks than `room` (0: it is not full yet). Every call is O(1), but for rounds of the queues
 that reads have paid for.
@@ -11,15 +11,21 @@ that reads have paid for.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, TypeAlias
 
 import xxhash
 
-from cachefs.block.policies.segments import Segments
-from cachefs.block.policies.ways import LOW, NEWCOMERS, READ, READ_MOST, READS, STAMP_SHIFT, Way
+from cachefs.block.policies.ways import CALM, NEWCOMERS, SOON, TURNS, Way
 from cachefs.types import BlockKey
 
 _MOST_READS = 3
+_SHIFT, _COUNT = 2, 3
+_NEW_IN_STABLE, _NEW_IN_RECENT = NEWCOMERS[Way.STABLE], NEWCOMERS[Way.RECENT]
+
+
+Read: TypeAlias = tuple[BlockKey, int]
+"""Which block was read and when, by the clock of the tier itself: so that patience means the same."""
 
 
 class Copy(Protocol):
@@ -27,14 +33,11 @@ class Copy(Protocol):
 
     way: Way
     hits: float
-    """Per read, lately: whoever compares writes it."""
+    """Per read, lately."""
     patience: int
 
-    def play(self, key: BlockKey, digest: int, now: int, room: int) -> bool:
-        """A block is read from a tier of so many blocks; returns whether it was here.
-
-        `digest`: the hash of its key. `now`: by the clock of the tier itself, so that both mean the same by patience.
-        """
+    def play(self, reads: Sequence[Read], room: int, weight: float) -> None:
+        """Blocks are read from a tier of so many blocks. `weight`: of one read in `hits`."""
         ...
 
     def thin_out(self, mask: int) -> None:
@@ -42,37 +45,102 @@ class Copy(Protocol):
         ...
 
 
-class StableCopy(Segments):
-    """A tier that keeps a stable part."""
+class StableCopy:
+    """A tier that keeps a stable part: as `Segments` does it, with the same patience and merit."""
 
-    __slots__ = ("hits",)
+    __slots__ = ("_calm", "_ghosts", "_known", "_left", "_main", "_newcomers", "hits", "patience", "way")
 
     def __init__(self) -> None:
-        super().__init__(Way.STABLE, apart=0)
+        self.way = Way.STABLE
         self.hits = 0.0
+        self.patience = 1 << 62
+        self._known: dict[BlockKey, int] = {}
+        """When each was read last, above `_SHIFT`, and below how often since its last round."""
+        self._newcomers: deque[BlockKey] = deque()
+        self._main: deque[BlockKey] = deque()
+        self._ghosts: OrderedDict[BlockKey, int] = OrderedDict()
+        """Newcomers that left: their number among those, and in the lowest bit whether they were read again before."""
+        self._left = 0
+        self._calm = 0
 
-    def play(self, key: BlockKey, digest: int, now: int, room: int) -> bool:
+    def play(self, reads: Sequence[Read], room: int, weight: float) -> None:
         """See `Copy.play`."""
-        self.now = now
-        known = self._known
-        number = known.get(key)
-        if number is not None:
-            low = number & LOW
-            known[key] = now << STAMP_SHIFT | (low if low & READS == READ_MOST else low + READ)
-            return True
-        while room and len(known) >= room:
-            victim = self.victim()
-            assert victim is not None
-            self.remove(victim)
-        self._insert(key, 1, 0, digest)
-        return False
+        known, newcomers, main, ghosts, found = self._known, self._newcomers, self._main, self._ghosts, 0
+        nearly_full = room * 9 // 10
+        for key, now in reads:
+            number = known.get(key)
+            if number is not None:
+                count = number & _COUNT
+                known[key] = now << _SHIFT | (count if count == _MOST_READS else count + 1)
+                found += 1
+                continue
+            queue, count = newcomers, 0
+            if room and len(known) >= nearly_full:
+                while len(known) >= room:
+                    self._evict(now, room)
+                ghost = ghosts.pop(key, None)
+                if ghost is not None and (self._left - (ghost >> 1)) * SOON < len(known):
+                    if ghost & 1:
+                        queue = main
+                    else:
+                        count = 1
+            elif len(newcomers) * _NEW_IN_STABLE > len(known):
+                main.append(newcomers.popleft())
+            known[key] = now << _SHIFT | count
+            queue.append(key)
+        self.hits += (found - len(reads) * self.hits) * weight
+
+    def _evict(self, now: int, room: int) -> None:
+        known, newcomers, main = self._known, self._newcomers, self._main
+        if self._calm and newcomers and known[newcomers[0]] & _COUNT < 2:
+            self._calm -= 1
+            self._lose_newcomer(room)
+            return
+        self._calm = 0
+        is_dead = self._turn(now)
+        if main and not is_dead and not known[main[0]] & _COUNT:
+            is_dead = len(main) * 100 > room * 99
+            self._calm = 0 if is_dead else CALM
+        while newcomers and not is_dead:
+            full = (len(main) + 1) * _NEW_IN_STABLE > room * (_NEW_IN_STABLE - 1)
+            if full and known[newcomers[0]] & _COUNT < 2:
+                self._lose_newcomer(room)
+                return
+            self._calm = 0
+            key = newcomers.popleft()
+            known[key] &= ~_COUNT
+            main.append(key)
+            is_dead = full
+        del known[main.popleft()]
+
+    def _turn(self, now: int) -> bool:
+        """Give blocks of the main part that were read another round, some at a time; whether the head is dead."""
+        known, main, expired = self._known, self._main, now - self.patience
+        for _ in range(TURNS if main else 0):
+            number = known[main[0]]
+            if number >> _SHIFT < expired:
+                return True
+            if not number & _COUNT:
+                return False
+            known[main[0]] = number & ~_COUNT
+            main.rotate(-1)
+        return bool(main) and known[main[0]] >> _SHIFT < expired
+
+    def _lose_newcomer(self, room: int) -> None:
+        key = self._newcomers.popleft()
+        self._left += 1
+        self._ghosts[key] = self._left << 1 | (self._known.pop(key) & _COUNT > 0)
+        if len(self._ghosts) * SOON > room:
+            self._ghosts.popitem(last=False)
 
     def thin_out(self, mask: int) -> None:
         """See `Copy.thin_out`."""
-        for key in self.oldest_first():
-            if xxhash.xxh3_64_intdigest(key) & mask:
-                self.remove(key)
-        self._capacity, self._nearly_full = 0, 1 << 62  # it is a smaller tier from now on
+        known = self._known = {
+            key: number for key, number in self._known.items() if not xxhash.xxh3_64_intdigest(key) & mask
+        }
+        self._newcomers = deque(key for key in self._newcomers if key in known)
+        self._main = deque(key for key in self._main if key in known)
+        self._ghosts.clear()
 
 
 class RecentCopy:
@@ -90,26 +158,29 @@ class RecentCopy:
         self._ghosts: OrderedDict[BlockKey, None] = OrderedDict()
         """As many of those that left last as there are blocks here."""
 
-    def play(self, key: BlockKey, digest: int, now: int, room: int) -> bool:
+    def play(self, reads: Sequence[Read], room: int, weight: float) -> None:
         """See `Copy.play`."""
-        reads = self._reads
-        count = reads.get(key)
-        if count is not None:
-            if count < _MOST_READS:
-                reads[key] = count + 1
-            return True
-        if room and len(reads) >= room * 9 // 10:
-            while len(reads) >= room:
-                self._evict(room)
-        elif len(self._newcomers) * NEWCOMERS[Way.RECENT] > len(reads):
-            self._main.append(self._newcomers.popleft())
-        reads[key] = 0
-        (self._main if self._ghosts.pop(key, 0) is None else self._newcomers).append(key)
-        return False
+        counts, newcomers, main, ghosts, found = self._reads, self._newcomers, self._main, self._ghosts, 0
+        nearly_full = room * 9 // 10
+        for key, _ in reads:
+            count = counts.get(key)
+            if count is not None:
+                if count < _MOST_READS:
+                    counts[key] = count + 1
+                found += 1
+                continue
+            if room and len(counts) >= nearly_full:
+                while len(counts) >= room:
+                    self._evict(room)
+            elif len(newcomers) * _NEW_IN_RECENT > len(counts):
+                main.append(newcomers.popleft())
+            counts[key] = 0
+            (main if ghosts.pop(key, 0) is None else newcomers).append(key)
+        self.hits += (found - len(reads) * self.hits) * weight
 
     def _evict(self, room: int) -> None:
         reads, main, newcomers = self._reads, self._main, self._newcomers
-        while newcomers and (len(newcomers) * NEWCOMERS[Way.RECENT] > room or not main):
+        while newcomers and (len(newcomers) * _NEW_IN_RECENT > room or not main):
             key = newcomers.popleft()
             if reads[key] < 2:
                 del reads[key]
@@ -147,22 +218,24 @@ class LatestCopy:
         """Whether each was read since its last round."""
         self._queue: deque[BlockKey] = deque()
 
-    def play(self, key: BlockKey, digest: int, now: int, room: int) -> bool:
+    def play(self, reads: Sequence[Read], room: int, weight: float) -> None:
         """See `Copy.play`."""
-        read, queue = self._read, self._queue
-        if key in read:
-            read[key] = True
-            return True
-        while room and len(read) >= room:
-            oldest = queue[0]
-            if read[oldest]:
-                read[oldest] = False
-                queue.rotate(-1)
-            else:
-                del read[queue.popleft()]
-        read[key] = False
-        queue.append(key)
-        return False
+        read, queue, found = self._read, self._queue, 0
+        for key, _ in reads:
+            if key in read:
+                read[key] = True
+                found += 1
+                continue
+            while room and len(read) >= room:
+                oldest = queue.popleft()
+                if read[oldest]:
+                    read[oldest] = False
+                    queue.append(oldest)
+                else:
+                    del read[oldest]
+            read[key] = False
+            queue.append(key)
+        self.hits += (found - len(reads) * self.hits) * weight
 
     def thin_out(self, mask: int) -> None:
         """See `Copy.thin_out`."""

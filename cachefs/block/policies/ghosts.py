@@ -22,8 +22,6 @@ PRINT = (1 << _PRINT_BITS) - 1
 PRINT_SHIFT = 64 - _PRINT_BITS
 MARK = 1 << _PRINT_BITS
 AGE_SHIFT = _PRINT_BITS + 1
-NO_DIGEST = 1 << 64
-"""Instead of the hash of a key: no ghost is like it."""
 
 
 class Ghosts:

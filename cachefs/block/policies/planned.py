@@ -128,6 +128,13 @@ class PlannedPolicy:
             if key is not None:
                 return key
 
+    def take(self) -> BlockKey | None:
+        """Remove the block that leaves next, and return it. None: as `victim`."""
+        key = self.victim()
+        if key is not None:
+            self.remove(key)
+        return key
+
     def pinned_victim(self) -> BlockKey | None:
         """Return a pinned block, for when even those must leave; None when none was put aside."""
         return next(iter(self._pinned), None)

@@ -19,6 +19,9 @@ LOW = (1 << STAMP_SHIFT) - 1
 UNIT_SHIFT = 7
 """Sizes are kept in units of 128 bytes."""
 
+RESERVED = 4096
+"""Room that was needed for what is brought ahead is given up again by one part of so many at a time,
+in a small tier sooner."""
 AWAITED = 4
 """For how many reads one waits for its reader at least, in times of the blocks of the tier."""
 MOST_STEPS = 128

@@ -24,10 +24,12 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from cachefs import __version__, errors
 from cachefs.agent import framing, messages
 from cachefs.config import CacheConfig, Config, LogConfig, PeerConfig, as_plain
-from cachefs.runtime import RuntimeDir, lock_holder
+from cachefs.runtime import RuntimeDir, agent_id, lock_holder
 
 CONNECT_RETRY_S = 0.02
 LIFE_S = 2.0
@@ -91,11 +93,12 @@ def silent_listener(path: str, lock_path: str, timeout_s: float) -> int:
     return 0
 
 
-def connect(path: str) -> socket.socket | None:
+def connect(path: str, timeout_s: float | None = None) -> socket.socket | None:
     """Return a connection to a listening agent, or None when there is none. Raises AgentUnavailable for other
     faults.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.settimeout(timeout_s)
     try:
         connection.connect(path)
     except OSError as error:
@@ -183,7 +186,7 @@ def _start(plan: AgentPlan, deadline: float) -> None:
         pass  # it has died already; its report says more
     with open(ready, "rb") as reports:
         # A pipe, not polling: a reader may be waiting behind us, and each millisecond is part of its stall.
-        if not select.select([reports], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        if not _readable(reports.fileno(), max(0.0, deadline - time.monotonic())):
             raise errors.AgentUnavailable(f"the agent was started but is not ready; its log: {log_path}")
         line = reports.readline()
     outcome: dict[str, Any] = (
@@ -193,6 +196,13 @@ def _start(plan: AgentPlan, deadline: float) -> None:
         raise errors.AgentUnavailable(f"the agent cannot start: {outcome['text']}")
     if outcome.get("running"):
         time.sleep(RUNNING_RETRY_S)
+
+
+def _readable(descriptor: int, timeout_s: float) -> bool:
+    """Wait until there is something to read. (With select(2), numbers of descriptors would end at 1023.)"""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(timeout_s * 1000))
 
 
 def _log_path(plan: AgentPlan) -> str:
@@ -285,6 +295,51 @@ def check_volume(
         answer = ask(ensure_agent(plan, timeout_s), attach, timeout_s)
     except errors.AgentUnavailable as error:
         raise errors.AgentUnavailable(_why_silent(plan) or str(error)) from error
+    if isinstance(answer, messages.Failure):
+        raise failure_error(answer)
+    assert isinstance(answer, messages.Attached)
+    return list(answer.notices)
+
+
+def running_agent(cache: CacheConfig, timeout_s: float) -> socket.socket:
+    """Return a connection to the agent that runs; none is ever started, and no directory made: whoever asks may be
+    another user, and in another container. Raises AgentUnavailable.
+    """
+    path = f"{cache.runtime_dir}/agents/{agent_id(cache.cache_dir)}.sock"
+    connection = connect(path, timeout_s)
+    if connection is None:
+        raise errors.AgentUnavailable(f"no agent listens at {path}")
+    return connection
+
+
+def answers(cache: CacheConfig, timeout_s: float) -> bool:
+    """Return whether the agent that runs, if any, shows a sign of life within this time."""
+    try:
+        return isinstance(ask(running_agent(cache, timeout_s), messages.Ping(id=1), timeout_s), messages.Done)
+    except errors.AgentUnavailable:
+        return False
+
+
+def check_running(
+    config: Config,
+    environment: Mapping[str, str],
+    mount_id: str,
+    mountpoint: str,
+    *,
+    timeout_s: float,
+    mounted_at_s: float = 0.0,
+    own_environment: bool = False,
+) -> list[str]:
+    """Let the agent that runs check that the bucket can be listed, and return its notices; none is ever started.
+
+    `own_environment`: with the agent's own keys. Raises as `check_volume`.
+    """
+    attach = attach_message(
+        config, environment, mount_id, mountpoint, request_id=1, check=True, mounted_at_s=mounted_at_s
+    )
+    if own_environment:
+        attach = msgspec.structs.replace(attach, own_environment=True)
+    answer = ask(running_agent(config.cache, timeout_s), attach, timeout_s)
     if isinstance(answer, messages.Failure):
         raise failure_error(answer)
     assert isinstance(answer, messages.Attached)

@@ -73,7 +73,7 @@ class ControlServer:
         temporary = f"{path}.{os.getpid()}"
         before = os.umask(0o177)
         try:
-            with _address(temporary) as address:
+            with socket_address(temporary) as address:
                 self._listener.bind(address)
         finally:
             os.umask(before)
@@ -150,7 +150,7 @@ class ControlServer:
 
 
 @contextlib.contextmanager
-def _address(path: str) -> Iterator[str]:
+def socket_address(path: str) -> Iterator[str]:
     """Give a name for the socket at `path` that fits into a socket address, which holds 107 bytes."""
     if len(os.fsencode(path)) <= _MAX_ADDRESS_BYTES:
         yield path
@@ -169,7 +169,7 @@ def ask(path: str, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(timeout_s)
-            with _address(path) as address:
+            with socket_address(path) as address:
                 connection.connect(address)
             connection.sendall(json.dumps(request).encode() + b"\n")
             while not received.endswith(b"\n"):

@@ -5,8 +5,8 @@
     force     abort the connection: everybody who uses it gets errors
     SIGTERM   plain; if it is in use, say by whom, detach it, and abort it 10 s later (or at the next signal)
 
-A mount that was detached gives the names of its socket and state file free (both get the supervisor's pid into their
-names), so that the directory can be mounted anew at once while the old files are still served.
+A mount that was detached gives the names of its socket and state file free (both get a name apart, usually the
+supervisor's pid), so that the directory can be mounted anew at once while the old files are still served.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class Departure:
         *,
         finish: Callable[[], None],
         is_serving: Callable[[], bool],
+        name_apart: str = "",
     ) -> None:
+        """`name_apart`: what tells a detached mount from others of the same name (default: the pid)."""
         self._loop = loop
         self._journal = journal
         self._device = device
@@ -51,6 +53,7 @@ class Departure:
         self._control = control
         self._finish = finish
         self._is_serving = is_serving
+        self._name_apart = name_apart or str(os.getpid())
         self._detached = False
         self._terminating = False
 
@@ -58,6 +61,11 @@ class Departure:
     def begun(self) -> bool:
         """Whether the mount is on its way out."""
         return self._detached or self._terminating
+
+    def close(self) -> None:
+        """Nothing is left to end: forget what was meant to happen later."""
+        for name in ("linger", "end"):
+            self._loop.cancel((self, name))
 
     def notice(self) -> None:
         """Find out whether somebody else has detached the mount (umount -l)."""
@@ -67,7 +75,7 @@ class Departure:
     def take_away(self, *, lazy: bool, force: bool) -> bool:
         """Unmount; return whether open files, or other name spaces, still hold it. Raises MountFailure (EBUSY)."""
         if force:
-            self._abort()
+            self.abort()
         try:
             if self._device.is_mounted():
                 self._device.unmount()
@@ -86,7 +94,7 @@ class Departure:
         name = signal.Signals(number).name
         if self._terminating:
             self._journal.warning(f"{name} again: aborting the connection")
-            self._abort()
+            self.abort()
             return
         self._terminating = True
         self._state.update(state="unmounting")  # at once: an agent that was told to end as well looks who stays
@@ -98,7 +106,7 @@ class Departure:
             self._journal.warning(f"{error.text}, held by {users}; open files are served for {LINGER_S:g} s more")
             held = self._detach()
         if held:
-            self._loop.after("linger", LINGER_S, self._abort)
+            self._loop.after((self, "linger"), LINGER_S, self.abort)
 
     def _detach(self) -> bool:
         try:
@@ -111,7 +119,7 @@ class Departure:
         if self._detached:
             return
         self._detached = True
-        mount_id = f"{self._state.values['mount_id']}-{os.getpid()}"
+        mount_id = f"{self._state.values['mount_id']}-{self._name_apart}"
         try:
             self._control.rename(mount_id)
         except OSError as error:
@@ -120,7 +128,8 @@ class Departure:
         self._state.update(state="unmounting")
         self._journal.info(f"{self._device.mountpoint} is detached; it is served until its last file is closed")
 
-    def _abort(self) -> None:
+    def abort(self) -> None:
+        """Fail every request, now and later, and end soon."""
         try:
             self._device.abort()
         except MountFailure as error:
@@ -130,4 +139,4 @@ class Departure:
     def _end_soon(self) -> None:
         """The connection is gone: the worker notices and ends, which ends the supervisor; but not for ever."""
         self._state.update(state="unmounting")
-        self._loop.after("end", EXIT_GRACE_S if self._is_serving() else 0.0, self._finish)
+        self._loop.after((self, "end"), EXIT_GRACE_S if self._is_serving() else 0.0, self._finish)

@@ -25,7 +25,11 @@ MAX_LOG_BYTES, LOG_CHECK_S = 8 << 20, 60.0
 class Journal:
     """Writes lines to stderr."""
 
-    def __init__(self, level: str, as_json: bool) -> None:
+    def __init__(
+        self, level: str, as_json: bool, role: str = "supervisor", logger: str = "cachefs.mount.supervisor"
+    ) -> None:
+        self.role = role
+        self._logger = logger
         self._least = LEVELS.index(level) if level in LEVELS else 1
         self._as_json = as_json
         self._poll = select.poll()
@@ -58,15 +62,15 @@ class Journal:
                 {
                     "time": stamp,
                     "level": level,
-                    "role": "supervisor",
+                    "role": self.role,
                     "pid": os.getpid(),
-                    "logger": "cachefs.mount.supervisor",
+                    "logger": self._logger,
                     "message": text,
                 }
             )
         else:
             clean = _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
-            line = f"{stamp} {level.upper()} supervisor[{os.getpid()}] cachefs.mount.supervisor: {clean}"
+            line = f"{stamp} {level.upper()} {self.role}[{os.getpid()}] {self._logger}: {clean}"
         self.write(line.encode("utf-8", "backslashreplace") + b"\n")
 
     def write(self, raw: bytes) -> None:

@@ -30,6 +30,7 @@ class Loop:
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
         self._selector = selectors.DefaultSelector()
+        self._writers: dict[int, Callback] = {}
         self._timers: dict[object, tuple[float, Callback]] = {}
         self._running = False
         self._wakeup: tuple[socket.socket, ...] = ()
@@ -42,10 +43,21 @@ class Loop:
 
     def unwatch(self, descriptor: int) -> None:
         """Stop watching; call it before the descriptor is closed. Unknown ones are ignored."""
+        self._writers.pop(descriptor, None)
         try:
             self._selector.unregister(descriptor)
         except (KeyError, ValueError):
             pass
+
+    def when_writable(self, descriptor: int, callback: Callback | None) -> None:
+        """Call `callback` as well whenever a watched descriptor takes bytes; None: not any more."""
+        key = self._selector.get_key(descriptor)
+        if callback is None:
+            self._writers.pop(descriptor, None)
+        else:
+            self._writers[descriptor] = callback
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if callback is not None else 0)
+        self._selector.modify(descriptor, wanted, key.data)
 
     def after(self, name: object, delay_s: float, callback: Callback) -> None:
         """Call `callback` once after `delay_s`; a timer of the same name is replaced."""
@@ -107,11 +119,16 @@ class Loop:
         """Call back until `stop`."""
         self._running = True
         while self._running:
-            for key, _ in self._selector.select(self._wait_s()):
-                current = self._selector.get_map().get(key.fd)
-                if current is not None and current.data is key.data and self._is_running():
+            for key, mask in self._selector.select(self._wait_s()):
+                if mask & selectors.EVENT_READ and self._is_current(key):
                     self._call(key.data)
+                if mask & selectors.EVENT_WRITE and self._is_current(key) and key.fd in self._writers:
+                    self._call(self._writers[key.fd])
             self._ring()
+
+    def _is_current(self, key: selectors.SelectorKey) -> bool:
+        current = self._selector.get_map().get(key.fd)
+        return current is not None and current.data is key.data and self._is_running()
 
     def _is_running(self) -> bool:
         return self._running  # a callback may have changed it, which mypy cannot see in the loops above

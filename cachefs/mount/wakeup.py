@@ -21,6 +21,8 @@ from cachefs.config import LowLatency
 log = logging.getLogger(__name__)
 
 DEVICE = "/dev/cpu_dma_latency"
+NO_LIMIT_US = 2_000_000_000
+"""What the kernel takes for no wish at all."""
 TICK_S = 0.05
 BUSY_PER_TICK = 5
 """100 requests per second: from there on the wake-ups that are saved outweigh the sleep that is lost."""
@@ -42,12 +44,15 @@ class WakeUpGuard:
         set_asleep: Callable[[bool], None],
         on_change: Callable[[bool], None],
         device: str = DEVICE,
+        lent: int = -1,
     ) -> None:
+        """`lent`: the device as a descriptor that somebody with more rights has opened; it stays open."""
         self._mode = mode
         self._requests = requests
         self._set_asleep = set_asleep
         self._on_change = on_change
         self._device = device
+        self._lent = lent
         self._descriptor: int | None = None
         self._wake = threading.Event()
         self._held_since = 0.0
@@ -64,7 +69,7 @@ class WakeUpGuard:
         """Begin; returns at once. Without the right to the device this logs one line and does nothing."""
         if self._mode is LowLatency.OFF:
             return
-        if not os.access(self._device, os.W_OK):
+        if self._lent < 0 and not os.access(self._device, os.W_OK):
             log.info("no right to %s: idle CPUs may sleep between requests (--low-latency)", self._device)
             return
         if self._mode is LowLatency.ALWAYS:
@@ -98,8 +103,9 @@ class WakeUpGuard:
     def _hold(self) -> None:
         descriptor = -1
         try:
-            descriptor = os.open(self._device, os.O_WRONLY | os.O_CLOEXEC)
-            os.write(descriptor, struct.pack("i", 0))
+            if self._lent < 0:
+                descriptor = os.open(self._device, os.O_WRONLY | os.O_CLOEXEC)
+            os.write(self._lent if descriptor < 0 else descriptor, struct.pack("i", 0))
         except OSError as error:
             # access(2) does not know the device rules of a container; they do not change, so this is said once.
             log.info("the wake-up guard is not available: %s", error)
@@ -107,13 +113,16 @@ class WakeUpGuard:
             if descriptor >= 0:
                 os.close(descriptor)
             return
-        self._descriptor, self._held_since = descriptor, time.monotonic()
+        self._descriptor, self._held_since = self._lent if descriptor < 0 else descriptor, time.monotonic()
         self._on_change(True)
 
     def _release(self) -> None:
         if self._descriptor is None:
             return
-        os.close(self._descriptor)
+        if self._descriptor == self._lent:
+            os.write(self._lent, struct.pack("i", NO_LIMIT_US))
+        else:
+            os.close(self._descriptor)
         self._held_s += time.monotonic() - self._held_since
         self._descriptor = None
         self._on_change(False)

@@ -318,6 +318,7 @@ class Worker:
             requests=lambda: served.requests,
             set_asleep=lambda asleep: setattr(served, "asleep", asleep),
             on_change=lambda held: self.report("guard", held=held),
+            lent=int(self._plan.get("guard_fd", -1)),
         )
         served.on_activity = guard.activity
         self._served = served

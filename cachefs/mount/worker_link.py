@@ -21,16 +21,14 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from cachefs.mount import journal
 from cachefs.mount.loop import Loop
+from cachefs.mount.relay import StderrRelay
+from cachefs.mount.reports import ReportPipe
 from cachefs.mount.vigil import Vigil
 
-_MAX_LINE_BYTES = 1 << 20
-_TAIL_BYTES = 2048
-_TAIL_LINES = 3
-_TAIL_CHARACTERS = 500
 _DEATH_S = 5.0
 HANG_S = 30.0
 """After how long without a beat a worker is replaced, when the plan does not say."""
@@ -67,8 +65,55 @@ class Launch(NamedTuple):
     device: int
 
 
+class WorkerLink(Protocol):
+    """A worker, as the supervision of a mount sees it, wherever it runs."""
+
+    prepared: bool
+    """It has reported that it can take over."""
+    started: bool
+    """It was given the right to take requests."""
+    fatal: tuple[str, str] | None
+    """Kind and text of the error that kept it from serving."""
+
+    @property
+    def pid(self) -> int:
+        """Its process; 0 while it is still to be started."""
+
+    @property
+    def launched(self) -> bool:
+        """Whether it was started; if not, "launched" is reported when it is."""
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether it ended because what it ran in did: that is no crash."""
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether a signal ended it. Only after `on_exit`."""
+
+    def what_happened(self) -> str:
+        """Say why it ended, for a person. Only after `on_exit`."""
+
+    def go(self) -> None:
+        """Let it take requests."""
+
+    def kill(self) -> None:
+        """Kill it at once; `on_exit` follows."""
+
+    def end(self) -> None:
+        """Kill it, without `on_exit`."""
+
+
+OnEvent = Callable[[WorkerLink, dict[str, Any]], None]
+OnExit = Callable[[WorkerLink], None]
+MakeWorker = Callable[[Launch, OnEvent, OnExit], WorkerLink]
+"""Starts a worker: what to start, who gets its reports, and who is told of its end (exactly once, after the last of
+its reports). Raises OSError.
+"""
+
+
 class Worker:
-    """A running worker.
+    """A running worker, a child of this process.
 
     `on_event(worker, event)` gets its reports; `on_exit(worker)` comes exactly once, after the last of them.
     """
@@ -94,14 +139,13 @@ class Worker:
         self._log = log
         self._on_event = on_event
         self._on_exit = on_exit
-        self._reports = bytearray()
-        self._tail = b""
-        self._log_start = journal.stderr_size()
-        self._stderr = -1
+        self._reports: ReportPipe
+        self._stderr = StderrRelay(loop, log)
         self._pidfd = -1
         self._child = self._spawn(launch)
-        self.pid = self._child.pid
         loop.children.add(self.pid)
+        self._reports = ReportPipe(loop, log, self._report, self._reported, self._heard)
+        self._reports.name = f"worker {self.pid}"
         try:
             self._pidfd = os.pidfd_open(self.pid)
         except OSError:
@@ -111,10 +155,8 @@ class Worker:
             raise
         limit_s = float(launch.plan["config"]["fuse"].get("hang_timeout_s", HANG_S))
         self._vigil = Vigil(loop, limit_s, self.pid, self._hangs)
-        loop.watch(self._report, self._read_reports)
         loop.watch(self._pidfd, self._ended)
-        if self._stderr >= 0:
-            loop.watch(self._stderr, self._relay)
+        self._stderr.begin()
 
     def _spawn(self, launch: Launch) -> subprocess.Popen[bytes]:
         mine: list[int] = []
@@ -131,30 +173,40 @@ class Worker:
             control, self._control = os.pipe2(os.O_CLOEXEC)
             mine.append(self._control)
             theirs.append(control)
-            errors = None
-            if not journal.stderr_is_file():
-                self._stderr, errors = os.pipe2(os.O_CLOEXEC)
-                mine.append(self._stderr)
-                theirs.append(errors)
-                os.set_blocking(self._stderr, False)
             arguments = {"device": launch.device, "plan": plan, "report": report, "control": control}
             return subprocess.Popen(
                 [*launch.command, *(part for name, fd in arguments.items() for part in (f"--{name}-fd", str(fd)))],
                 env=launch.environment,
                 pass_fds=list(arguments.values()),
                 stdin=subprocess.DEVNULL,
-                stdout=errors if errors is not None else journal.STDERR,
-                stderr=errors,
+                stdout=self._stderr.lent,
+                stderr=self._stderr.lent,
                 start_new_session=True,
                 cwd="/",
             )
         except BaseException:
             for descriptor in mine:
                 os.close(descriptor)
+            self._stderr.close()
             raise
         finally:
             for descriptor in theirs:
                 os.close(descriptor)
+
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        return self._child.pid
+
+    @property
+    def launched(self) -> bool:
+        """Always: it is started at once."""
+        return True
+
+    @property
+    def abandoned(self) -> bool:
+        """Never: it does not need anybody else."""
+        return False
 
     def go(self) -> None:
         """Let it take requests."""
@@ -185,13 +237,6 @@ class Worker:
             self._log.warning(f"worker {self.pid} does not die: it waits in the kernel")
         self._close_pipes()
 
-    def last_words(self) -> str:
-        """Return the last lines of its stderr as one line, empty when there are none."""
-        raw = self._tail if self._stderr >= 0 else journal.read_back(self._log_start, _TAIL_BYTES)
-        lines = [line.strip() for line in raw.decode("utf-8", "replace").splitlines()]
-        own = [line for line in lines if line.strip("^~ ") and "supervisor[" not in line]
-        return " | ".join(own[-_TAIL_LINES:])[-_TAIL_CHARACTERS:]
-
     def what_happened(self) -> str:
         """Say why it ended, for a person. Only after `on_exit`."""
         code = self._child.returncode
@@ -207,7 +252,7 @@ class Worker:
             what = f"killed by signal {name}"
         else:
             what = f"exit code {code}"
-        words = self.last_words()
+        words = self._stderr.last_words()
         return f"{what}: {words}" if words and not (code is not None and code == -signal.SIGKILL) else what
 
     @property
@@ -217,59 +262,18 @@ class Worker:
 
     # -- callbacks of the loop ----------------------------------------------------------------------------------------
 
-    def _read_reports(self) -> bool:
-        """Read what it has reported; returns False when there is nothing more for now."""
-        try:
-            piece = os.read(self._report, 64 << 10)
-        except BlockingIOError:
-            return False
-        except OSError:
-            piece = b""
-        if not piece:
-            self._loop.unwatch(self._report)
-            return False
-        self._reports += piece
-        *lines, rest = self._reports.split(b"\n")
-        self._reports = rest if len(rest) <= _MAX_LINE_BYTES else bytearray()
-        for line in lines:
-            self._take_report(bytes(line))
-        return True
+    def _reported(self, event: dict[str, Any]) -> None:
+        self._on_event(self, event)
 
-    def _take_report(self, line: bytes) -> None:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            event = None
-        if isinstance(event, dict) and event.get("event") == "beat":
-            self._vigil.heard()
-        elif isinstance(event, dict) and isinstance(event.get("event"), str):
-            self._on_event(self, event)
-        else:
-            self._log.warning(f"worker {self.pid} reported what nobody understands: {line[:200]!r}")
-
-    def _relay(self) -> bool:
-        """Pass its stderr on; returns False when there is nothing more for now."""
-        try:
-            piece = os.read(self._stderr, 64 << 10)
-        except BlockingIOError:
-            return False
-        except OSError:
-            piece = b""
-        if not piece:
-            self._loop.unwatch(self._stderr)
-            return False
-        self._tail = (self._tail + piece)[-_TAIL_BYTES:]
-        self._log.write(piece)
-        return True
+    def _heard(self) -> None:
+        self._vigil.heard()
 
     def _ended(self) -> None:
         self._loop.unwatch(self._pidfd)
         self._wait()
-        while self._read_reports():
-            pass
+        self._reports.drain()
         self._vigil.end()
-        while self._stderr >= 0 and self._relay():
-            pass
+        self._stderr.drain()
         self._close_pipes()
         self._on_exit(self)
 
@@ -278,11 +282,8 @@ class Worker:
         self._loop.children.discard(self.pid)
 
     def _close_pipes(self) -> None:
-        self._loop.unwatch(self._report)
-        os.close(self._report)
+        self._reports.close()
         os.close(self._control)
-        if self._stderr >= 0:
-            self._loop.unwatch(self._stderr)
-            os.close(self._stderr)
+        self._stderr.close()
         if self._pidfd >= 0:
             os.close(self._pidfd)

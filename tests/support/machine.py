@@ -12,6 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _CONNECTIONS = Path("/sys/fs/fuse/connections")
+ALONE = """
+awk -v own="$OWN_MOUNTS" '/ - fuse[.]/ && (own == "" || index($5, own) != 1) { print $5 }' /proc/self/mountinfo |
+    xargs -r umount --lazy || true
+"""
+"""Lines for a shell in a mount namespace of its own: without them it would keep the mounts of all other tests alive, of
+which it got copies. Mounts below $OWN_MOUNTS stay."""
 
 
 def wait_until(condition: Callable[[], object], timeout_s: float, what: str) -> None:

@@ -42,10 +42,34 @@ def test_garbage_never_raises(raw: bytes) -> None:
 
 
 def test_topmost_mount_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = (Mount(n, 1, f"0:{n}", "/", "/m", "rw", "tmpfs", "t") for n in (1, 2))
-    monkeypatch.setattr(mountinfo, "mounts", lambda: [first, second, second._replace(mountpoint="/m/below")])
+    lines = [
+        b"1 1 0:1 / /m rw - tmpfs t rw",
+        b"2 1 0:2 / /m rw - tmpfs t rw",
+        b"3 1 0:3 / /m/below rw - tmpfs t rw",
+        b"4 1 0:4 /m /other rw - tmpfs /m rw",  # as root and as source
+        b"5 1 0:5 / /with\\040space rw - tmpfs t rw",
+    ]
+    monkeypatch.setattr(mountinfo, "_read", lambda: b"\n".join([*lines, b""]))
+    second = Mount(2, 1, "0:2", "/", "/m", "rw", "tmpfs", "t")
     assert find_mount("/m") == second
     assert find_mount("/x") is None
+    spaced = find_mount("/with space")
+    assert spaced is not None
+    assert spaced.device == "0:5"
+
+
+def test_a_name_with_every_special_character_is_found_as_the_kernel_writes_it(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    place = tmp_path / "a b\tc\\d#e"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", str(place)], check=True)
+    try:
+        found = find_mount(str(place))
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+    assert found is not None
+    assert found.mountpoint == str(place)
 
 
 def test_canonical_resolves_links_at_every_level_and_names_what_does_not_exist(tmp_path: Path) -> None:

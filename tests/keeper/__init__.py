@@ -1,0 +1,1 @@
+"""The keeper and the node service on real mounts: everything may die, and no reader notices."""

@@ -49,8 +49,9 @@ bench: ## Compare with other file systems on this machine (25 minutes).
 cluster: setup ## A cluster of three nodes on this machine, to play with (root; ARGS="down" takes it away).
 	$(PYTHON) -m tests.cluster $(if $(ARGS),$(ARGS),up)
 
-docs: setup ## Write the generated documents anew.
+docs: setup ## Write the generated documents and manifests anew.
 	$(PYTHON) -m cachefs.cli.reference docs
+	$(PYTHON) scripts/render-manifests
 
 constraints: setup ## Renew constraints.txt with the newest versions that pyproject.toml allows.
 	scripts/constraints

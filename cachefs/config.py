@@ -101,6 +101,18 @@ class S3Config:
     io_timeout_s: float = setting(
         30.0, "How long a reader waits for the store, retries included, before it gets EIO.", unit="duration"
     )
+    manifest: str = setting(
+        "",
+        "Show what a manifest in the bucket lists (the object with this key, such as a snapshot), whatever is written "
+        "later; the mount is immutable then.",
+        metavar="KEY",
+    )
+    identity: str = setting(
+        "",
+        "A word for whose credentials these are: mounts with different ones share no metadata, blocks or connections.",
+        metavar="WORD",
+        hidden=True,
+    )
     max_requests: int = setting(
         32, "Requests to the bucket in flight at once (lowered by itself while it throttles).", metavar="N"
     )

@@ -20,6 +20,10 @@ class NotFound(CachefsError):
     """The name or the object does not exist (ENOENT)."""
 
 
+class AlreadyExists(CachefsError):
+    """There is one of this name already (EEXIST)."""
+
+
 class NotADirectory(CachefsError):
     """ENOTDIR."""
 

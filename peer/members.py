@@ -1,7 +1,7 @@
 """Who is in the cluster: what a node says of itself in etcd, and what all of them say together.
 
     /cachefs/<cluster>/nodes/<node id>                    a Member, as JSON
-    /cachefs/<cluster>/volumes/<volume>/nodes/<node id>   (empty): this node holds that volume
+    /cachefs/<cluster>/volumes/<volume>/nodes/<node id>   this node holds that volume (`peer.holding`)
 
 Both bear the lease of their node. Nothing in them is secret, and nothing in them is trusted: whoever answers at an
 address has to prove itself (`peer.credentials`), and what it sends is verified.

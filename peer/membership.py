@@ -25,7 +25,7 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -45,6 +45,7 @@ from peer.etcd import (
     open_session,
 )
 from peer.etcd_settings import EtcdSettings
+from peer.holding import Holding
 from peer.members import Member, View
 from peer.records import Record
 from peer.registration import Registration
@@ -142,6 +143,13 @@ class Membership:
         """Say which volumes (16 hexadecimal digits each) this node holds from now on. From any thread."""
         self._own.volumes = volumes
         self._call_soon(self._announced)
+
+    def set_held(self, held: Mapping[str, Holding]) -> None:
+        """Say how much of which volumes this node holds. Each time it differs is an event for all nodes. From any
+        thread.
+        """
+        self._own.held = dict(held)
+        self._call_soon(self._own.wake)
 
     def announce(self, **changes: Any) -> None:
         """Change what this node says of itself: fields of `Member`, but not its id. From any thread.

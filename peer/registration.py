@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -23,6 +23,7 @@ import trio
 
 from cachefs import metrics
 from cachefs.metrics import Counters
+from peer import holding
 from peer.etcd import EtcdFault, EtcdSession, EtcdUnavailable, LeaseGone
 from peer.members import Member
 from peer.records import Record
@@ -57,6 +58,8 @@ class Registration:
         self._counters = counters
         self.member = member
         self.volumes: frozenset[str] = frozenset()
+        self.held: Mapping[str, holding.Holding] = {}
+        """How much of a volume this node holds, where that is known."""
         self.lease: int | None = None
         self.ttl_s = float(ttl_s)
         """Of our lease; etcd may grant more than was asked for."""
@@ -140,7 +143,7 @@ class Registration:
         if self._rival is not None:
             return dict(self._records)
         node_id = self.member.node_id
-        wanted = {self._keys.volume(volume, node_id): b"" for volume in self.volumes}
+        wanted = {self._keys.volume(each, node_id): holding.encode(self.held.get(each)) for each in self.volumes}
         wanted[self._keys.node(node_id)] = msgspec.json.encode(self.member)
         return wanted
 

@@ -15,6 +15,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -32,9 +33,10 @@ class CrashGuard:
         self._history = cache_dir / "crash-history"
         self._stream: IO[bytes] | None = None
 
-    def begin(self, environments: list[Path], in_memory: list[Path]) -> None:
+    def begin(self, environments: list[Path], in_memory: list[Path], copies: Sequence[Path] = ()) -> None:
         """Look at how the last life ended; take the environments away after a second memory fault (set aside a tmpfs
-        would go on taking the memory of a whole tier).
+        would go on taking the memory of a whole tier). `copies` are maps of what the store has as well: they are
+        removed, too.
 
         A read-only cache directory is not an error: then nothing is watched.
         """
@@ -44,7 +46,7 @@ class CrashGuard:
                 log.error("the agent died of %d memory faults within %d s: the cache is set aside", faults, WINDOW_S)
                 for path in environments:
                     _set_aside(path)
-                for path in in_memory:
+                for path in (*in_memory, *copies):
                     shutil.rmtree(path, ignore_errors=True)
                 self._history.unlink(missing_ok=True)
             self._stream = open(self._file, "wb")  # noqa: SIM115 - faulthandler needs it open for our whole life

@@ -26,6 +26,11 @@ class CurrentStore:
         return self.now.bucket
 
     @property
+    def view(self) -> str:
+        """See `RetryingStore.view`."""
+        return self.now.view
+
+    @property
     def max_requests(self) -> int:
         """See `BlockSource.max_requests`."""
         return self.now.max_requests

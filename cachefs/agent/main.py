@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import trio
 
 from cachefs import __version__, errors
-from cachefs.agent import inheritance
+from cachefs.agent import inheritance, launch
 from cachefs.agent.crash_guard import CrashGuard
 from cachefs.agent.instructions import Instructions
 from cachefs.agent.limits import VolumeLimits
@@ -34,7 +34,7 @@ from cachefs.agent.prefetching import Prefetching
 from cachefs.agent.presence import AlreadyRunning, Presence
 from cachefs.agent.report import Report
 from cachefs.agent.server import Server
-from cachefs.agent.volumes import Volumes
+from cachefs.agent.volumes import MANIFESTS, Volumes
 from cachefs.block.block_cache import BlockCache
 from cachefs.block.lmdb_tier import TierWriter
 from cachefs.block.policies.choice import policy_maker
@@ -102,7 +102,11 @@ class Agent:
         peers = Peers(self._peer, self._config, self._counters)
         await peers.prepare()
         guard = CrashGuard(paths.cache_dir)
-        guard.begin([paths.disk, paths.volumes.in_use], in_memory=[paths.shm] if is_own(paths.shm) else [])
+        guard.begin(
+            [paths.disk, paths.volumes.in_use],
+            in_memory=[paths.shm] if is_own(paths.shm) else [],
+            copies=[paths.volumes.in_use.with_name(MANIFESTS)],
+        )
         self._settle_block_size(paths.disk)
         inheritance.write_settings(self._config, self._peer)
         self._may_move = paths.volumes.at_home
@@ -153,6 +157,7 @@ class Agent:
                 )  # fmt: skip
                 server.begun = prefetching.note
                 server.limits = limits
+                server.environment = launch.aws_environment(os.environ)
                 server.learn_holdings = functools.partial(nursery.start_soon, limits.learn)
                 await trio.lowlevel.checkpoint()
                 nursery.start_soon(prefetching.run)

@@ -54,6 +54,8 @@ class Attach(Message, frozen=True):
     """When the mount was made, by the clock since boot: of all mounts of a volume the newest one's settings hold."""
     given: list[str] = []
     """Settings (fields of the configuration) that somebody asked for, and whose notices he wants therefore."""
+    own_environment: bool = False
+    """The agent's own AWS_* variables hold where `environment` says nothing: for one who asks on behalf of the node."""
 
 
 class Attached(Message, frozen=True):

@@ -29,6 +29,7 @@ from cachefs import __version__, errors
 from cachefs.agent.commissions import Order, Report
 from cachefs.agent.crew import Colleague
 from cachefs.agent.inheritance import living_mounts
+from cachefs.agent.peer_census import PeerCensus
 from cachefs.agent.peer_holdings import PeerHoldings, job_request
 from cachefs.agent.volumes import CurrentStore, Sources, Volume, Volumes
 from cachefs.block.block_cache import BlockCache
@@ -85,6 +86,7 @@ class Peering:
         self._membership: Membership | None = None
         self._neighbours: Neighbours | None = None
         self._mounts_changed_at = time.monotonic()
+        self._census = PeerCensus((None, None), tuple)
         self._joined = trio.Event()
         self._staying = trio.CancelScope()
         self._left: trio.Event | None = None
@@ -99,6 +101,7 @@ class Peering:
     ) -> None:
         """Listen, and join the cluster. Raises UsageError, also when it cannot listen there."""
         self._volumes = volumes
+        self._census = PeerCensus(tiers, self._shared_volumes)
         host, port = await trio.to_thread.run_sync(self._own_address, abandon_on_cancel=True)
         listen, listen_port = split_address(self._config.peer_listen) if self._config.peer_listen else (host, port)
         listen_port = listen_port or port
@@ -158,6 +161,7 @@ class Peering:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._membership.run)
                 self._joined.set()
+                nursery.start_soon(self._census.run, self._membership)
         left.set()
 
     def _etcd_settings(self) -> EtcdSettings:
@@ -184,10 +188,10 @@ class Peering:
         """Return where the blocks and listings of a volume come from."""
         if self._neighbours is None or not is_shared(store):
             return Sources(store)
-        name = volume_name(store, prefix)
+        name = volume_name(store, prefix, store.view)
         blocks = PeerSource(name, store, self._neighbours, lambda: store.max_requests)
         ttl_s = math.inf if rules.consistency is Consistency.IMMUTABLE else rules.metadata_ttl_s
-        if rules.consistency is Consistency.STRICT or not ttl_s:
+        if rules.consistency is Consistency.STRICT or not ttl_s or store.view:
             return Sources(blocks)
         age_s = shared_age_s(ttl_s)
         max_age_s = self._since_mounts_changed if math.isinf(ttl_s) else lambda: age_s
@@ -204,6 +208,10 @@ class Peering:
             keeps = self._cache.shm_size_bytes or self._cache.cache_size_bytes
             held = [volume for volume in self._volumes.mounted() if keeps and is_shared(volume.store)]
             self._membership.set_volumes(frozenset(map(_name, held)))
+
+    def _shared_volumes(self) -> list[tuple[str, Volume]]:
+        mounted = [] if self._volumes is None else self._volumes.mounted()
+        return [(_name(volume), volume) for volume in mounted if is_shared(volume.store)]
 
     def _level(self, volume: str, oid: ObjectId, index: int) -> int:
         neighbours = self._neighbours
@@ -265,6 +273,7 @@ class Peering:
             "etcd": state,
             "server": {} if self._server is None else self._server.state(),
             "volumes": held,
+            "datasets": self._census.datasets(),
             "members": described,
         }
 
@@ -333,14 +342,16 @@ def is_shared(store: ObjectStore) -> bool:
     return store.endpoint.startswith(("http://", "https://"))
 
 
-def volume_name(store: ObjectStore, prefix: str) -> str:
-    """Return what a volume is called among peers: nodes that reach it at the same address share it."""
-    parts = (store.endpoint, store.bucket, prefix)
+def volume_name(store: ObjectStore, prefix: str, view: str = "") -> str:
+    """Return what a volume is called among peers: nodes that reach it at the same address share it, and only those that
+    see the same `view` of it (`RetryingStore.view`), with credentials of the same identity, which the endpoint says.
+    """
+    parts = (store.endpoint, store.bucket, prefix, *((view,) if view else ()))
     return xxhash.xxh3_64_hexdigest("\0".join(parts).encode("utf-8", "surrogateescape"))
 
 
 def _name(volume: Volume) -> str:
-    return volume_name(volume.store, volume.prefix)
+    return volume_name(volume.store, volume.prefix, volume.store.view)
 
 
 def address_towards(*urls: str) -> str:

@@ -11,7 +11,7 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import trio
@@ -63,6 +63,8 @@ class Server:
         self._token = trio.lowlevel.current_trio_token()
         self.begun: Callable[[Volume, Sequence[tuple[int, int]]], None] | None = None
         """Who wants to know which files readers begin: (inode number, block); None: nobody."""
+        self.environment: Mapping[str, str] = {}
+        """Variables of this process that decide about credentials, for those who want to use its keys."""
         self.limits: VolumeLimits | None = None
         self.learn_holdings: Callable[[], None] = lambda: None
         """Called when limits may be new."""
@@ -192,8 +194,9 @@ class _Connection:
         if not messages.OLDEST_PROTOCOL <= request.protocol <= messages.PROTOCOL_VERSION:
             text = f"the agent that runs is version {__version__} with protocol {messages.PROTOCOL_VERSION}"
             return messages.Failure(id=request.id, kind=messages.OTHER_VERSION, text=text)
+        environment = {**(self._server.environment if request.own_environment else {}), **request.environment}
         volume = await self._server.volumes.attach(
-            request.volume, request.environment, check=request.check, mounted_at_s=request.mounted_at_s
+            request.volume, environment, check=request.check, mounted_at_s=request.mounted_at_s
         )
         notices = self._server.volumes.notices(request.volume, request.given)
         if not request.check:

@@ -1,9 +1,9 @@
 """Volumes: a bucket (or a prefix of it) as the agent serves it to one or more mounts.
 
-Mounts with the same endpoint, bucket, prefix and freshness rules share one volume: one metadata environment, one
-listing, one set of inode numbers. The credentials are those of the newest mount, which has passed its check: mounting
-again with new keys renews those of a running volume, and after a restart of the agent it does not matter whose worker
-comes back first.
+Mounts with the same endpoint, identity (`s3.identity`), bucket, prefix, manifest and freshness rules share one volume:
+one metadata environment, one listing, one set of inode numbers. The credentials are those of the newest mount, which
+has passed its check: mounting again with new keys renews those of a running volume, and after a restart of the agent it
+does not matter whose worker comes back first.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from cachefs.agent.limits import owner_number
 from cachefs.block.holdings import NOBODY
 from cachefs.block.ports import BlockSource
 from cachefs.config import CacheConfig, MetadataConfig, PeerConfig, S3Config, from_plain
+from cachefs.store.manifest_store import open_pinned
 from cachefs.store.open import open_store, parse_source
-from cachefs.store.port import ObjectStore
 from cachefs.store.retry import RetryingStore
-from cachefs.types import FileKind, Ino, ObjectId, ObjectVersion, block_count, object_id
+from cachefs.types import Consistency, FileKind, Ino, ObjectId, ObjectVersion, block_count, object_id
 from metadata import custody, disuse
 from metadata.freshness import Freshness
 from metadata.listing import Lister, PageSource
@@ -51,6 +51,8 @@ RunBlocking = Callable[..., Awaitable[Any]]
 RunInThreads = Callable[..., Awaitable[Any]]
 """As RunBlocking, with the CapacityLimiter of the volume first: one whose store hangs takes no thread from another."""
 MAX_VERSIONS = 8192
+MANIFESTS = "manifests"
+"""The directory of the manifests that were brought here, beside that of all volumes."""
 METADATA_THREADS = 48
 """Listings, HEADs and commits of one volume at a time; the store's own limiter decides how many of them really ask."""
 
@@ -209,9 +211,13 @@ class Volumes:
         s3: S3Config = from_plain(S3Config, plain["s3"])
         rules: MetadataConfig = from_plain(MetadataConfig, plain["metadata"])
         source = parse_source(s3.source)
-        store: RetryingStore = await self._housework(open_store, s3, environment, abandon=True)
+        store: RetryingStore = await self._housework(self._open_store, s3, environment, rules, check, abandon=True)
         if check:
-            await self._housework(store.check, source.prefix, abandon=True)
+            try:
+                await self._housework(store.check, source.prefix, abandon=True)
+            except errors.CachefsError:
+                store.close()  # a manifest is a map
+                raise
         volume_id = _volume_id(store, source.prefix, rules)
         async with self._opening:
             volume = self.by_id.get(volume_id)
@@ -227,6 +233,16 @@ class Volumes:
                 store.counters = volume.store.now.counters  # they belong to the volume, and only grow
                 volume.store.now, volume.mounted_at_s = store, mounted_at_s
             return volume
+
+    def _open_store(
+        self, s3: S3Config, environment: Mapping[str, str], rules: MetadataConfig, check: bool
+    ) -> RetryingStore:
+        """Open the store that a mount describes; its manifest is brought here, if it has one. BLOCKS."""
+        if not s3.manifest:
+            return open_store(s3, environment)
+        if rules.consistency is not Consistency.IMMUTABLE:
+            raise errors.UsageError(f"a --manifest is immutable: it cannot be mounted with {rules.consistency}")
+        return open_pinned(s3, environment, self._places.in_use.parent / MANIFESTS, ask=check)
 
     async def _open(
         self, volume_id: str, source: str, prefix: str, store: RetryingStore, rules: MetadataConfig
@@ -348,7 +364,9 @@ def _size(count: int) -> str:
     return str(count)
 
 
-def _volume_id(store: ObjectStore, prefix: str, rules: MetadataConfig) -> str:
+def _volume_id(store: RetryingStore, prefix: str, rules: MetadataConfig) -> str:
     ttl = "forever" if math.isinf(rules.metadata_ttl_s) else f"{rules.metadata_ttl_s}"
-    parts = (store.endpoint, store.bucket, prefix, rules.consistency.value, ttl, f"{rules.negative_ttl_s}")
+    parts = [store.endpoint, store.bucket, prefix, rules.consistency.value, ttl, f"{rules.negative_ttl_s}"]
+    if store.view:
+        parts.append(store.view)
     return xxhash.xxh3_64_hexdigest("\0".join(parts).encode("utf-8", "surrogateescape"))

@@ -319,6 +319,17 @@ class BlockEnvironment:
                 there = cursor.next()
         return found
 
+    def owned_after(self, after: bytes, count: int) -> list[tuple[BlockKey, int, int]]:
+        """Return up to `count` blocks that have a note, behind `after`: key, owner, length of the value."""
+        found = []
+        notes = self.notes(after, count)
+        with _translated("the index cannot be read"), self._env.begin(db=self._index) as txn:
+            for key, owner, _ in notes:
+                record = txn.get(key)
+                length = RECORD.unpack(record)[1] if record is not None and len(record) == RECORD.size else 0
+                found.append((key, owner, length))
+        return found
+
     def note(self, notes: Iterable[tuple[BlockKey, int, int]]) -> None:
         """Write notes in one transaction: key, owner, seconds since the epoch. When it raises, nothing changed."""
         self._check_length()

@@ -141,6 +141,17 @@ class TierOrder:
                 found = []
         return [note or (NOBODY, 0) for note in found] or [(NOBODY, 0)] * len(keys)
 
+    def owned_after(self, after: bytes, count: int) -> list[tuple[BlockKey, int, int]]:
+        """Return up to `count` blocks behind a key (b"": from the first) that belong to somebody: key, owner, length.
+        Never raises.
+        """
+        with self._gate:
+            try:
+                return [] if self._env is None else self._env.owned_after(after, count)
+            except (errors.CorruptBlock, errors.TierUnavailable) as error:
+                log.debug("%s: %s", self.tier, error)
+                return []
+
     def limit_of(self, owner: int) -> Limit:
         """Return what a volume may do here. Any thread."""
         return self._holdings.limits.get(owner, Limit())

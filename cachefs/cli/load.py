@@ -44,12 +44,14 @@ from cachefs.config import (
     Config,
     FuseConfig,
     LimitsConfig,
+    MetadataConfig,
     PeerConfig,
     S3Config,
     split_address,
     split_endpoint,
 )
 from cachefs.errors import ConfigError
+from cachefs.types import Consistency
 
 FALLBACKS: dict[str, tuple[str, ...]] = {
     "endpoint-url": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
@@ -123,6 +125,8 @@ def build(options: Mapping[str, object], environment: Mapping[str, str], config_
     for name, value in _from_aws_environment(environment, values).items():
         values.setdefault(name, value)
     given = frozenset(values)
+    if values.get("manifest"):
+        values.setdefault("consistency", Consistency.IMMUTABLE)
     _fill_directories(values, environment)
     sections: dict[str, dict[str, Any]] = {f.name: {} for f in dataclasses.fields(Config)}
     for setting in SETTINGS:
@@ -257,6 +261,7 @@ def validate(config: Config) -> None:
     """Refuse what cannot work. Raises ConfigError with one line that names the option and what would do."""
     _validate_numbers(config)
     _validate_s3(config.s3)
+    _validate_view(config.s3, config.metadata)
     _validate_cache(config.cache)
     _validate_limits(config.limits, config.cache.block_size_bytes)
     _validate_fuse(config.fuse)
@@ -303,6 +308,15 @@ def _validate_s3(s3: S3Config) -> None:
         raise ConfigError(f"--ca-bundle {s3.ca_bundle}: no such file")
     if not 1 <= s3.max_requests <= 1024:
         raise ConfigError(f"--max-requests {s3.max_requests}: must be between 1 and 1024")
+
+
+def _validate_view(s3: S3Config, rules: MetadataConfig) -> None:
+    if s3.manifest and rules.consistency is not Consistency.IMMUTABLE:
+        raise ConfigError(
+            f"--consistency {rules.consistency.value}: a mount with --manifest is immutable, leave it out"
+        )
+    if not re.fullmatch(r"[A-Za-z0-9._-]{0,128}", s3.identity):
+        raise ConfigError("--identity: must be at most 128 letters, digits, dots, hyphens and underscores")
 
 
 def _validate_cache(cache: CacheConfig) -> None:

@@ -39,7 +39,13 @@ COMMANDS = {
     "status": ("cachefs.cli.status:status", "Show mounts, caches and where bytes came from."),
     "peers": ("cachefs.cli.peers:peers", "Show the nodes that share their caches with this one."),
     "doctor": ("cachefs.cli.doctor:doctor", "Check this machine, and a bucket, and say what to do."),
+    "inject": ("cachefs.cli.inject:inject", "Put a sidecar that mounts a bucket into Kubernetes manifests."),
+    "schedule": ("cachefs.cli.schedule:schedule", "Let pods prefer the nodes that hold most of a dataset."),
+    "sidecar": ("cachefs.cli.sidecar:sidecar", "Mount a bucket for the other containers of a pod."),
     "agent": ("cachefs.cli.agent:agent", "Run the agent of a cache directory in the foreground."),
+    "keeper": ("cachefs.cli.keeper:keeper", "Keep the mounts of a Kubernetes node."),
+    "node": ("cachefs.cli.node:node", "Run agent and workers of a Kubernetes node for its keeper."),
+    "csi": ("cachefs.cli.csi:csi", "Run the CSI driver for Kubernetes."),
     "version": ("cachefs.cli.main:version", "Print the version."),
 }
 

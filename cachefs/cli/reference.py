@@ -2,18 +2,21 @@
 
     docs/CONFIGURATION.md    every setting of `cachefs.config`
     docs/COUNTERS.md         every counter of `cachefs.metrics`
+    docs/KUBERNETES.md       the table of parameters of `csi.parameter_table`; the rest is written by hand
 
 A test compares the files with what is written here, so nothing without documentation can be released.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 from cachefs.cli.load import FALLBACKS
 from cachefs.cli.options import SETTINGS, Setting, choices, render
 from cachefs.metrics import METRICS
+from csi.parameter_table import markdown_table
 
 _SECTION_TITLES = {
     "s3": "The store",
@@ -108,7 +111,20 @@ def counters() -> str:
 
 
 DOCUMENTS = {"CONFIGURATION.md": configuration, "COUNTERS.md": counters}
+TABLES = {"KUBERNETES.md": ("parameters", markdown_table)}
+"""Documents that are written by hand but for a table between two comments."""
+
+
+def with_table(text: str, name: str, table: str) -> str:
+    """Return a document with the table between `<!-- NAME: ... -->` and `<!-- end of NAME -->` replaced."""
+    begin = re.compile(rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+    return begin.sub(lambda found: f"{found[1]}\n{table}\n{found[2]}", text)
+
 
 if __name__ == "__main__":
     for name, write in DOCUMENTS.items():
         Path(sys.argv[1], name).write_text(write(), encoding="utf-8")
+    for name, (what, write) in TABLES.items():
+        document = Path(sys.argv[1], name)
+        if document.exists():
+            document.write_text(with_table(document.read_text(encoding="utf-8"), what, write()), encoding="utf-8")

@@ -11,6 +11,7 @@ log = logging.getLogger(__name__)
 
 ERRNO: dict[type[errors.CachefsError], int] = {
     errors.NotFound: errno.ENOENT,
+    errors.AlreadyExists: errno.EEXIST,
     errors.NotADirectory: errno.ENOTDIR,
     errors.IsADirectory: errno.EISDIR,
     errors.InvalidName: errno.EINVAL,

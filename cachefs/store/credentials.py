@@ -206,27 +206,31 @@ class CredentialSource:
         return found
 
     def _open_session(self) -> Session:
-        """Return a botocore session that reads its settings from the mount's environment (under the lock)."""
+        """Return the session that keys are looked up with (under the lock)."""
         if self._session is None:
-            from botocore.configprovider import BOTOCORE_DEFAUT_SESSION_VARIABLES, ConfigChainFactory
-            from botocore.session import Session
-
-            session = Session()
-            if self._config.profile:
-                session.set_config_variable("profile", self._config.profile)
-            chains = ConfigChainFactory(session, environ=self._environment)
-            settings = session.get_component("config_store")
-            for name, (properties, variables, default, convert) in BOTOCORE_DEFAUT_SESSION_VARIABLES.items():
-                chain = chains.create_config_chain(
-                    instance_name=name,
-                    env_var_names=variables,
-                    config_property_names=properties,
-                    default=default,
-                    conversion_func=convert,
-                )
-                settings.set_config_provider(name, chain)
-            self._session = session
+            self._session = self.new_session()
         return self._session
+
+    def new_session(self) -> Session:
+        """Return a botocore session that reads its settings from the mount's environment, without keys of its own."""
+        from botocore.configprovider import BOTOCORE_DEFAUT_SESSION_VARIABLES, ConfigChainFactory
+        from botocore.session import Session
+
+        session = Session()
+        if self._config.profile:
+            session.set_config_variable("profile", self._config.profile)
+        chains = ConfigChainFactory(session, environ=self._environment)
+        settings = session.get_component("config_store")
+        for name, (properties, variables, default, convert) in BOTOCORE_DEFAUT_SESSION_VARIABLES.items():
+            chain = chains.create_config_chain(
+                instance_name=name,
+                env_var_names=variables,
+                config_property_names=properties,
+                default=default,
+                conversion_func=convert,
+            )
+            settings.set_config_provider(name, chain)
+        return session
 
     def _providers(self, session: Session) -> list[Any]:
         from botocore.credentials import (

@@ -80,8 +80,11 @@ class Refusal:
         return self.code in _OTHER_KEYS or (not self.code and self.status in (400, 401, 403))
 
 
-def error_of(refusal: Refusal, *, bucket: str, endpoint: str, key: str | None) -> CachefsError:
-    """Return what to raise. `key` None: the request was about the bucket. 412 is the caller's: it knows the version."""
+def error_of(refusal: Refusal, *, bucket: str, endpoint: str, key: str | None, verb: str = "") -> CachefsError:
+    """Return what to raise. `key` None: the request was about the bucket. 412 is the caller's: it knows the version.
+
+    `verb`: what the request wanted to do; by default to list the bucket or to read the object.
+    """
     code, status = refusal.code, refusal.status
     what = f"bucket {bucket!r}" if key is None else f"{key!r} in bucket {bucket!r}"
     said = f"{status} {code}" if code else str(status)
@@ -95,7 +98,7 @@ def error_of(refusal: Refusal, *, bucket: str, endpoint: str, key: str | None) -
         hint = f"use --region {refusal.region}" if refusal.region else "set --region or --endpoint-url"
         return ConfigError(f"bucket {bucket!r} is in another region ({said}): {hint}")
     if status in (401, 403):
-        verb = "list" if key is None else "read"
+        verb = verb or ("list" if key is None else "read")
         return AccessDenied(f"these credentials may not {verb} {what} ({said})")
     if refusal.throttled:
         return StorageUnavailable(

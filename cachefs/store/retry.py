@@ -78,6 +78,8 @@ class RetryingStore:
         self.inner = inner
         self.policy = policy if policy is not None else RetryPolicy()
         self.max_requests = max_requests
+        self.view = ""
+        """What it shows, if that is not what the bucket holds now (`cachefs.store.manifest_store`)."""
         self.counters = StoreCounters()
         self.limiter = AimdLimiter(max_requests, clock=clock)
         self._clock = clock

@@ -58,7 +58,9 @@ _META = "x-amz-meta-"
 class S3Store:
     """One bucket. Makes no request and imports no SDK before the first call."""
 
-    def __init__(self, config: S3Config, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, config: S3Config, environment: Mapping[str, str], credentials: CredentialSource | None = None
+    ) -> None:
         """Raises UsageError (ConfigError) for settings that cannot work."""
         self._config = config
         self._bucket = parse_source(config.source).bucket
@@ -67,10 +69,12 @@ class S3Store:
         )
         self._proxies = proxies_of(environment)
         self._certificates = obstore_client.read_certificates(config.ca_bundle)
-        self._credentials = CredentialSource(config, environment)
+        self._credentials = credentials or CredentialSource(config, environment)
         self._requests = SignedRequests(config, environment, self._credentials)
         # The region does not matter for the identity, except that it may need a profile to be read: later.
         self._identity = self._address_in(config.region or environment.get("AWS_REGION") or "").identity
+        if config.identity:  # a fragment, which no endpoint has: what others may read is another object for these keys
+            self._identity += f"#{config.identity}"
         self._lock = threading.Lock()
         self._address: Address | None = None
         self._obstore: obstore.store.S3Store | None = None

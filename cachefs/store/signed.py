@@ -180,7 +180,7 @@ class SignedRequests:
                 else:
                     response.close()
         except urllib3.exceptions.HTTPError as error:
-            raise _unreachable(endpoint, error) from error
+            raise unreachable(endpoint, error) from error
         except OSError as error:
             raise StorageUnavailable(f"the connection to {endpoint} broke ({_reason(error)})") from error
 
@@ -232,7 +232,8 @@ class SignedRequests:
         return pools.connection_from_host(host, parts.port, parts.scheme)
 
 
-def _unreachable(endpoint: str, error: Exception) -> StorageUnavailable | ConfigError:
+def unreachable(endpoint: str, error: Exception) -> StorageUnavailable | ConfigError:
+    """Return what an exception of urllib3 (or one that was raised because of it) means."""
     import ssl
 
     from urllib3 import exceptions as foreign

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.fault_proxy import FaultProxy
-from tests.support.machine import wait_until
+from tests.support.machine import ALONE, wait_until
 from tests.support.mounts import CACHEFS, Bucket, Mount, Node
 from tests.support.programs import REPOSITORY
 
@@ -130,7 +130,7 @@ def test_fstab_through_mount_8(node: Node, bucket: Bucket, proxy: FaultProxy, pl
     helper.chmod(0o755)
     words = [*(option.removeprefix("--") for option in node.options), f"endpoint-url={proxy.endpoint_url}"]
     (node.base / "fstab").write_text(f"{bucket.url} {place} fuse.cachefs ro,_netdev,nofail,{','.join(words)} 0 0\n")
-    command = ["unshare", "-m", "sh", "-c", MOUNT_8, "sh", str(node.base), str(place)]
+    command = ["unshare", "-m", "sh", "-c", ALONE + MOUNT_8, "sh", str(node.base), str(place)]
     done = subprocess.run(
         command, env=node.environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False
     )
@@ -166,7 +166,7 @@ def test_defaults_work_in_a_container(
     options = [option for option in node.options if "-size" not in option and "shm" not in option]
     command = [*CACHEFS, "mount", *options, f"--endpoint-url={proxy.endpoint_url}", bucket.url, str(place)]
     done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", CONTAINER, "sh", str(place), size, *command],
+        ["unshare", "-m", "sh", "-c", ALONE + CONTAINER, "sh", str(place), size, *command],
         env=node.environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

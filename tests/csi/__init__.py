@@ -1,0 +1,1 @@
+"""The CSI driver, over its real socket."""

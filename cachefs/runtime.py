@@ -123,8 +123,12 @@ class RuntimeDir:
 def write_state(path: str, state: dict[str, Any]) -> None:
     """Replace a state file atomically."""
     temporary = f"{path}.{os.getpid()}.tmp"
-    Path(temporary).write_text(json.dumps(state), encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        Path(temporary).write_text(json.dumps(state), encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        Path(temporary).unlink(missing_ok=True)  # on a full file system it has room that others need
+        raise
 
 
 def lock_holder(lock_file: str) -> int:

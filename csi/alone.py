@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from cachefs.agent.launch import answers
 from cachefs.config import Config
 from cachefs.errors import ConfigError, MountError
 from cachefs.keeper.client import KeeperClient, KeeperError
@@ -24,7 +25,9 @@ log = logging.getLogger(__name__)
 _SOCKET = "keeper.sock"
 _START_S = 20.0
 _END_S = 15.0
+_LEAVE_S = 3.0
 _STEP_S = 0.05
+_ASK_S = 1.0
 
 
 class NodeAlone:
@@ -51,7 +54,9 @@ class NodeAlone:
         self._children: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
-        """BLOCKS. Start both, and return when the keeper knows the node service. Raises MountError."""
+        """BLOCKS. Start both, and return when a volume can be mounted: the keeper knows the node service, and the agent
+        answers. Raises MountError.
+        """
         try:
             self._spawn(
                 "keeper",
@@ -62,7 +67,9 @@ class NodeAlone:
             )
             self._wait("keeper", lambda: True)
             self._spawn("node", f"--keeper={self._keeper}")
-            self._wait("node service", lambda: self._client.status().runner is not None)
+            self._wait(
+                "node service", lambda: self._client.status().runner is not None and answers(self.config.cache, _ASK_S)
+            )
         except BaseException:
             self._end_all()
             raise
@@ -70,16 +77,26 @@ class NodeAlone:
 
     def stop(self) -> None:
         """BLOCKS. End both if nothing is mounted."""
-        try:
-            left = self._client.status().mounts
-        except KeeperError:
-            left = ()
+        left = self._left()
         if left:
-            log.info("%d mounts are left: keeper and node service stay", len(left))
+            log.info("what is mounted is left (%d): keeper and node service stay", left)
             for child in self._children:
                 child.returncode = 0  # on purpose: Popen shall not complain about children that nobody waits for
         else:
             self._end_all()
+
+    def _left(self) -> int:
+        """Return how many mounts there are; one that was just given back has a moment to end."""
+        deadline = time.monotonic() + _LEAVE_S
+        while True:
+            try:
+                mounts = self._client.status().mounts
+            except KeeperError:
+                return 0
+            leaves = all(mount.state == "unmounting" for mount in mounts)
+            if not mounts or not leaves or time.monotonic() > deadline:
+                return len(mounts)
+            time.sleep(_STEP_S)
 
     def _spawn(self, command: str, *arguments: str) -> None:
         os.makedirs(self._directory, mode=0o755, exist_ok=True)

@@ -25,6 +25,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -55,6 +56,8 @@ _SECRET_FIELDS = {
 }
 _NAME = re.compile(r"[a-z0-9-]{1,64}")
 _SESSION_NAME_BYTES = 64
+_PASSAGE = 0o711
+"""Mode of the directory of all: the agent, another user, has to pass through it."""
 _ROUNDS = 30_000
 """Of the key derivation: about 10 ms."""
 _LATER_S = 300.0
@@ -63,6 +66,8 @@ question to the STS, and a hundred pods of one service account are renewed every
 """
 FRESH_S = 120.0
 """No call takes so long to make a mount for the files that it has written."""
+ANONYMOUS_IDENTITY = "anonymous"
+"""Who has no keys shares nothing with those that the node has keys for."""
 _ALONE = {"AWS_CONFIG_FILE": "/dev/null", "AWS_EC2_METADATA_DISABLED": "true"}
 """For volumes with keys of their own: when those fail, those of the node must not be used in their place."""
 
@@ -116,8 +121,10 @@ def from_request(
 
     `at_publish`: this call is the last that could. Raises Refused (INVALID_ARGUMENT) naming what is missing.
     """
-    if spec.auth_source in (AuthSource.NODE, AuthSource.ANONYMOUS):
+    if spec.auth_source is AuthSource.NODE:
         return Credentials(spec.auth_source, "", {})
+    if spec.auth_source is AuthSource.ANONYMOUS:
+        return Credentials(spec.auth_source, ANONYMOUS_IDENTITY, {})
     if spec.auth_source is AuthSource.SECRET:
         if not secrets and not at_publish:
             return None
@@ -293,9 +300,14 @@ class CredentialFiles:
 
     def remove_keys(self, name: str) -> None:
         """Remove the keys of `name`, and nothing else: it is staged, and has no mount."""
-        for file in (CREDENTIALS_FILE, TOKEN_FILE, TOKEN_NOTE):
-            with suppress(FileNotFoundError):
-                os.unlink(f"{self.directory(name)}/{file}")
+        try:
+            files = os.listdir(self.directory(name))
+        except FileNotFoundError:
+            return
+        for file in files:
+            if file != STAGE_FILE:  # also half a file of a plugin that was killed
+                with suppress(FileNotFoundError):
+                    os.unlink(f"{self.directory(name)}/{file}")
 
     def remove_orphans(self, used: Collection[str], *, now: float) -> list[str]:
         """Remove what belongs to no mount (`used`: their names) and to no staged volume; returns the names.
@@ -339,11 +351,9 @@ class CredentialFiles:
             raise MountError(f"the credentials in {directory} cannot be written: {error.strerror or error}") from error
 
     def _make(self, directory: str) -> None:
-        try:
-            os.makedirs(self.path, exist_ok=False)
-            os.chmod(self.path, 0o711)  # noqa: S103 - the agent, another user, has to pass
-        except FileExistsError:
-            pass
+        os.makedirs(self.path, exist_ok=True)
+        if stat.S_IMODE(os.stat(self.path).st_mode) != _PASSAGE:  # it is new; or its maker was killed before this
+            os.chmod(self.path, _PASSAGE)
         with suppress(FileExistsError):
             os.mkdir(directory, 0o700)
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -359,9 +369,9 @@ class CredentialFiles:
 
 
 def _read(path: str) -> bytes | None:
-    """Return the content of a file, None when there is none that can be read. Follows no links."""
+    """Return the content of a file, None when there is none that can be read. Follows no links, waits for no pipes."""
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
-            return file.read(1 << 20)
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
+            return file.read(1 << 20) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
     except OSError:
         return None

@@ -18,12 +18,17 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cachefs.config import Config
 from cachefs.errors import ConfigError
 from csi.identity import DRIVER_NAME, Check, Identity
+from csi.parameter_table import AuthSource
 from csi.records import FileRecords, VolumeRecords
 from csi.server import Server, Service
+
+if TYPE_CHECKING:
+    from csi.pod_events import PodEvents
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +65,10 @@ class DriverSettings:
     credentials_dir: str = "/run/cachefs/credentials"
     kubelet_dir: str = "/var/lib/kubelet"
     node_uid: int = 65532
+    inline_auth: frozenset[AuthSource] = frozenset(AuthSource)
+    """What inline volumes may say as authSource."""
+    has_events: bool = False
+    """Pods are told what their start waits for (the Kubernetes API must be there)."""
 
 
 class Driver:
@@ -88,8 +97,12 @@ class Driver:
         self._server = Server(settings.path, [identity, *services])
 
     def start(self) -> None:
-        """Listen. Raises MountError."""
-        self._server.start()
+        """Listen. Raises MountError; nothing that was opened or started stays then."""
+        try:
+            self._server.start()
+        except BaseException:
+            self._stack.close()
+            raise
         log.info("driver %s, mode %s", self._settings.name, self._settings.mode)
 
     def stop(self, grace_s: float) -> None:
@@ -129,13 +142,31 @@ class Driver:
                 driver_name=settings.name,
                 zone=settings.zone if settings.has_topology else "",
                 max_volumes=settings.max_volumes,
+                inline_auth=settings.inline_auth,
                 environment=settings.environment,
             ),
             KeeperClient(settings.keeper),
+            self._pod_events(),
         )
         node.start()
         self._checks.append(node.check)
         return node
+
+    def _pod_events(self) -> PodEvents | None:
+        settings = self._settings
+        if not settings.has_events:
+            return None
+        from csi.kube import KubeClient
+        from csi.pod_events import PodEvents
+
+        host = settings.environment.get("KUBERNETES_SERVICE_HOST", "")
+        port = settings.environment.get("KUBERNETES_SERVICE_PORT", "443")
+        if not host or not port.isdigit():
+            raise ConfigError("--events: KUBERNETES_SERVICE_HOST and _PORT do not say where the Kubernetes API is")
+        events = PodEvents(KubeClient(host, int(port), component=settings.name, node_name=settings.node_id))
+        events.start()
+        self._stack.callback(events.close)
+        return events
 
     def _alone(self, config: Config, node_uid: int) -> tuple[Config, int]:
         """Start keeper and node service if this machine has none; return the settings and the user of the latter."""

@@ -6,12 +6,14 @@ replaces every hour, is read again for each of them.
 What the service account may need (RBAC), by caller:
 
     emit_event       events (core/v1): create, in the namespace of the pod
+    follow_event     events (core/v1): patch, in the namespace of the pod
     get_node         nodes (core/v1): get
     label_node       nodes (core/v1): patch
 
-What always holds: `emit_event` and `label_node` never raise for the API's sake (a publish must not fail because an
-event could not be written): they say so in one warning until a call works again, and return False. `get_node` raises
-`KubeError`. Every call has a deadline. The token is in no error text and no log line. Any thread; every call BLOCKS.
+What always holds: `emit_event`, `follow_event` and `label_node` never raise for the API's sake (a publish must not
+fail because an event could not be written): they say so in one warning until a call works again, and return False.
+`get_node` raises `KubeError`. Every call has a deadline. The token is in no error text and no log line. Any thread;
+every call BLOCKS.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -61,6 +64,11 @@ class PodReference:
     uid: str = ""
 
 
+def event_name(pod: PodReference) -> str:
+    """Return a name for an event, as client-go makes them: the object, and a number that does not come again."""
+    return f"{pod.name[:200].rstrip('-.')}.{time.time_ns():x}"
+
+
 class KubeClient:
     """The API as the service account of this pod may use it."""
 
@@ -89,12 +97,25 @@ class KubeClient:
 
     # -- what never raises ---------------------------------------------------------------------------------------------
 
-    def emit_event(self, pod: PodReference, reason: str, message: str, kind: str = NORMAL) -> bool:
+    def emit_event(self, pod: PodReference, reason: str, message: str, kind: str = NORMAL, *, name: str = "") -> bool:
         """Write an event that `kubectl describe pod` shows; return whether the API took it.
 
-        `reason`: one word in CamelCase; `message`: for a person, cut at 1024 characters; `kind`: NORMAL or WARNING.
+        `reason`: one word in CamelCase; `message`: for a person, cut at 1024 characters; `kind`: NORMAL or WARNING;
+        `name`: of the event (`event_name`), for `follow_event`.
         """
-        return self._try("write events", lambda: self._create_event(pod, reason, message, kind))
+        return self._try("write events", lambda: self._create_event(pod, reason, message, kind, name))
+
+    def follow_event(self, pod: PodReference, name: str, message: str, count: int) -> bool:
+        """Say what is new of an event, which then has come `count` times; return whether the API took it. One that is
+        gone (they live for an hour) is not taken, which is not worth a warning.
+        """
+        body = {"message": message[:MAX_MESSAGE], "count": count, "lastTimestamp": _stamp()}
+
+        def patch() -> None:
+            path = f"/api/v1/namespaces/{_segment(pod.namespace)}/events/{_segment(name)}"
+            self._ask("PATCH", path, body, "application/merge-patch+json")
+
+        return self._try("write events", patch, gone_is_fine=True)
 
     def label_node(self, name: str, labels: Mapping[str, str | None]) -> bool:
         """Set labels of a node, and remove those whose value is None; return whether the API took it. Others stay."""
@@ -104,11 +125,12 @@ class KubeClient:
             f"label node {name}", lambda: self._ask("PATCH", f"/api/v1/nodes/{_segment(name)}", body, kind)
         )
 
-    def _try(self, what: str, act: Callable[[], object]) -> bool:
+    def _try(self, what: str, act: Callable[[], object], *, gone_is_fine: bool = False) -> bool:
         try:
             act()
         except KubeError as error:
-            self._complain(what, error)
+            if not (gone_is_fine and error.status == HTTPStatus.NOT_FOUND):
+                self._complain(what, error)
             return False
         with self._lock:
             self._failing.discard(what)
@@ -126,9 +148,8 @@ class KubeClient:
         """Return a node as the API describes it. Raises KubeError (`status` 404: there is none)."""
         return self._ask("GET", f"/api/v1/nodes/{_segment(name)}")
 
-    def _create_event(self, pod: PodReference, reason: str, message: str, kind: str) -> None:
-        now = datetime.now(UTC)
-        stamp = now.strftime("%Y-%m-%dT%H:%M:%SZ")
+    def _create_event(self, pod: PodReference, reason: str, message: str, kind: str, name: str) -> None:
+        stamp = _stamp()
         about = {"apiVersion": "v1", "kind": "Pod", "namespace": pod.namespace, "name": pod.name}
         if pod.uid:
             about["uid"] = pod.uid
@@ -136,8 +157,7 @@ class KubeClient:
         event = {
             "apiVersion": "v1",
             "kind": "Event",
-            # as client-go names them: the object, and a number that does not come again
-            "metadata": {"name": f"{pod.name[:200]}.{time.time_ns():x}", "namespace": pod.namespace},
+            "metadata": {"name": name or event_name(pod), "namespace": pod.namespace},
             "involvedObject": about,
             "reason": reason[:128],
             "message": message[:MAX_MESSAGE],
@@ -220,6 +240,10 @@ def _understood(verb: str, path: str, status: int, raw: bytes) -> dict[str, Any]
         return described
     why = " ".join(str(described.get("message") or "").split())[:300]
     raise KubeError(f"the Kubernetes API answers {status} to {verb} {path}{': ' if why else ''}{why}", status)
+
+
+def _stamp() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _segment(name: str) -> str:

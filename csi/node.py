@@ -6,6 +6,7 @@
     csi/node_mounts.py     making them, and taking them away
     csi/node_keeper.py     the keeper of the node, who makes them
     csi/node_warmup.py     what pods may wait for
+    csi/pod_events.py      what they are told meanwhile
     csi/node_stats.py      how mounts are
 
 The plugin may be killed and started anew at any moment: it remembers nothing that is not with the keeper or in the
@@ -34,6 +35,7 @@ from csi.node_requests import Volume
 from csi.node_stats import Examiner
 from csi.node_volumes import NodeVolumes
 from csi.node_warmup import LABEL, Order, WarmUps
+from csi.pod_events import Listener, PodEvents
 from csi.status import invalid, not_found, unavailable
 from csi.v1 import csi_pb2, csi_pb2_grpc
 
@@ -58,8 +60,10 @@ class NodeService(csi_pb2_grpc.NodeServicer):
     `csi.status` turns into codes.
     """
 
-    def __init__(self, settings: NodeSettings, client: KeeperClient) -> None:
+    def __init__(self, settings: NodeSettings, client: KeeperClient, events: PodEvents | None = None) -> None:
+        """`events`: tells pods why they wait; None: nobody is told."""
         self._settings = settings
+        self._events = events
         self._keeper = Keeper(client, settings.node_id)
         self._volumes = NodeVolumes(settings, self._keeper)
         self._warm_ups = WarmUps(settings.config.cache)
@@ -118,7 +122,9 @@ class NodeService(csi_pb2_grpc.NodeServicer):
         target = requests.place("target_path", request.target_path, self._settings.kubelet_dir)
         volume = requests.volume(request, volume_id)
         stage = ""
-        if not volume.ephemeral:
+        if volume.ephemeral:
+            requests.check_inline(volume.spec, self._settings.inline_auth)
+        else:
             requests.needs_stage(request.staging_target_path)
             stage = requests.place("staging_target_path", request.staging_target_path, self._settings.kubelet_dir)
             if stage == target:
@@ -167,7 +173,8 @@ class NodeService(csi_pb2_grpc.NodeServicer):
         if mount is None:
             raise unavailable("the mount of the volume is gone: try again")
         order = Order(mount.mountpoint, volume.spec.warmup, volume.spec.warmup_wait, volume.spec.group)
-        self._warm_ups.attend(order, read, keep, left_s)
+        pod = Listener() if self._events is None else self._events.listener(volume.context, volume.volume_id)
+        self._warm_ups.attend(order, read, keep, left_s, pod)
 
     def NodeUnpublishVolume(self, request: Any, context: Any) -> Any:
         """Take a volume away from a pod."""

@@ -26,6 +26,7 @@ from csi import mount_flags
 from csi.credentials import CredentialFiles, Credentials
 from csi.node_keeper import Keeper, Mounts
 from csi.node_requests import Volume
+from csi.parameter_table import AuthSource
 from csi.parameters import VolumeSpec, parse
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,8 @@ class NodeSettings:
     zone: str = ""
     max_volumes: int = 0
     """0: Kubernetes decides."""
+    inline_auth: frozenset[AuthSource] = frozenset(AuthSource)
+    """What inline volumes, which everybody writes who may make pods, may say as authSource."""
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Of the plugin: only its proxies are looked at, for requests to buckets."""
 

@@ -12,12 +12,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from csi import mount_flags
-from csi.parameters import CAPACITY_KEY, VolumeSpec, own_parameters, parse
+from csi.parameter_table import AuthSource
+from csi.parameters import CAPACITY_KEY, MANIFEST_KEY, VolumeSpec, own_parameters, parse
 from csi.status import failed_precondition, invalid
 from csi.v1 import csi_pb2
 
@@ -140,6 +141,18 @@ def _group(text: str) -> int | None:
     if not (text.isascii() and text.isdecimal() and len(text) <= len(str(_MAX_GROUP)) and int(text) <= _MAX_GROUP):
         raise invalid("volume_capability.mount.volume_mount_group", "must be the number of a group")
     return int(text)
+
+
+def check_inline(spec: VolumeSpec, allowed: Collection[AuthSource]) -> None:
+    """Refuse an inline volume that says what only those may say who make classes and PersistentVolumes."""
+    if spec.auth_source not in allowed:
+        offered = ", ".join(sorted(allowed)) or "none: there are no inline volumes here"
+        raise invalid(
+            "volume_context.authSource",
+            f"'{spec.auth_source}' is not offered to inline volumes of this cluster; offered: {offered}",
+        )
+    if spec.manifest:
+        raise invalid(f"volume_context.{MANIFEST_KEY}", "is of volumes that the driver has made")
 
 
 def needs_stage(staging_target_path: str) -> None:

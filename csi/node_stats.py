@@ -113,8 +113,8 @@ class Examiner:
         self._node_id = node_id
         self._probe = Probe()
         self._asking = threading.Lock()
-        self._said: tuple[float, dict[str, Any]] = (-math.inf, {})
-        """What the agent said last, and when (monotonic): kubelet asks for all volumes at once."""
+        self._said: tuple[float, dict[str, Any] | errors.CachefsError] = (-math.inf, {})
+        """What the agent said last, or why it did not, and when (monotonic): kubelet asks for all volumes at once."""
         self._lock = threading.Lock()
         self._restless: dict[str, float] = {}
         """Since when (monotonic) a mount is not serving, as far as somebody has asked."""
@@ -171,11 +171,20 @@ class Examiner:
         with self._asking:
             said_at, status = self._said
             if time.monotonic() - said_at > SHARED_S:
-                status = agent_status(self._cache)
+                status = self._ask_agent()
                 self._said = (time.monotonic(), status)
+        if isinstance(status, errors.CachefsError):
+            raise errors.AgentUnavailable(str(status)) from status
         attached = status.get("mounts", {}).get(mount_id(mount.mountpoint), {})
         origin: dict[str, Any] = status.get("volumes", {}).get(attached.get("volume_id"), {}).get("origin", {})
         return origin
+
+    def _ask_agent(self) -> dict[str, Any] | errors.CachefsError:
+        """Silence is an answer too: else each of those who wait for it here would wait once more."""
+        try:
+            return agent_status(self._cache)
+        except errors.CachefsError as error:
+            return error
 
     def forget(self, keys: set[str]) -> None:
         """Remember only these mounts."""

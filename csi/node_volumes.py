@@ -102,7 +102,11 @@ class NodeVolumes:
         staged, noted = mounts.staged(volume_id), _note(self.files.stage(name))
         here = (staged is not None and staged.labels["stage"] == place) or noted.get("stage") == place
         if here:
-            held = [path for mount in mounts.of_volume(volume_id) for path in targets(mount)]
+            held = _published(mounts, volume_id)
+            if held:  # or kubelet's directories of that pod were removed by hand, and will never be unpublished
+                self._keeper.reconcile()
+                mounts = self._keeper.look()
+                held = _published(mounts, volume_id)
             if held:
                 raise failed_precondition(
                     f"the volume is still published at {held[0]}"
@@ -141,8 +145,13 @@ class NodeVolumes:
             known = holder.labels.get(target_label(target), _target_text(volume, readonly))
             if holder.key != key or known != _target_text(volume, readonly) or self._differs(holder, volume):
                 raise already_exists(f"{target} is published already, as another volume, mode, group or identity")
-        others = [path for mount in mounts.of_volume(volume.volume_id) for path in targets(mount) if path != target]
-        if volume.single_writer and others:
+        if not volume.single_writer:
+            return
+        others = _published(mounts, volume.volume_id, besides=target)
+        if others:
+            self._keeper.reconcile()
+            others = _published(self._keeper.look(), volume.volume_id, besides=target)
+        if others:
             raise failed_precondition(
                 f"the volume is published at {others[0]}, and its access mode (ReadWriteOncePod) allows one pod"
             )
@@ -236,6 +245,10 @@ class NodeVolumes:
             len(mounts.all) - len(unused), len(repairs.repaired), len(repairs.dropped), len(repairs.detached),
             len(unused), len(orphans),
         )  # fmt: skip
+
+
+def _published(mounts: Mounts, volume_id: str, besides: str = "") -> list[str]:
+    return [path for mount in mounts.of_volume(volume_id) for path in targets(mount) if path != besides]
 
 
 def _target_text(volume: Volume, readonly: bool) -> str:

@@ -31,6 +31,7 @@ from cachefs.config import CacheConfig
 from cachefs.runtime import mount_id
 from csi.locks import CallLocks
 from csi.node_stats import agent_status
+from csi.pod_events import Listener
 from csi.status import Refused, unavailable
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ ANSWER_S = 10.0
 _OVER = frozenset({"done", "incomplete", "stopped", "failed"})
 _ALL_NODES = 0
 _THIS_NODE = -1
+NOBODY = Listener()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +82,22 @@ class WarmUps:
         """What the agent said last, and when (monotonic): all who wait share one question."""
 
     def attend(
-        self, order: Order, read: Callable[[], str | None], keep: Callable[[str], object], left_s: float | None
+        self,
+        order: Order,
+        read: Callable[[], str | None],
+        keep: Callable[[str], object],
+        left_s: float | None,
+        pod: Listener = NOBODY,
     ) -> None:
         """Begin a warm-up if none was begun, and wait for it if the order says so.
 
         `read` returns the label of the mount as it is now, `keep` writes it; `left_s`: the time that the call has,
-        None: any. Raises Refused (UNAVAILABLE) when the pod has to wait longer, with how far it is; (ABORTED) when
-        another call is beginning it.
+        None: any; `pod` is told. Raises Refused (UNAVAILABLE) when the pod has to wait longer, with how far it is;
+        (ABORTED) when another call is beginning it.
         """
         known = _parse(read())
         if known.get("done"):
+            pod.over("nothing is waited for any more")
             return
         first = "since" not in known
         since = float(known.get("since", self._now()))
@@ -97,9 +105,10 @@ class WarmUps:
         try:
             job = self._settle(order, read, keep, since)
             if job is None:
+                pod.over("nothing is waited for any more")
                 return
             if order.wait_s > 0:
-                self._wait(order, job, rest_s, _hold(left_s, first=first))
+                self._wait(order, job, rest_s, _hold(left_s, first=first), pod)
             if order.wait_s > 0 or job["state"] in _OVER:
                 keep(_label(since, job, done=True))
         except Refused:
@@ -125,22 +134,26 @@ class WarmUps:
                 keep(_label(float(known.get("since", since)), job))
             return job
 
-    def _wait(self, order: Order, job: Mapping[str, Any], rest_s: float, hold_s: float) -> None:
+    def _wait(self, order: Order, job: Mapping[str, Any], rest_s: float, hold_s: float, pod: Listener) -> None:
         """Return when a job has loaded everything, or the limit is over. Raises Refused (UNAVAILABLE)."""
         end = time.monotonic() + rest_s
         give_up = time.monotonic() + hold_s
         if not self._waiters.acquire(blocking=False):
+            pod.waiting(progress(job))
             raise unavailable(f"warming up: {progress(job)}")
         try:
             while True:
                 if job["state"] == "done":
+                    pod.over(f"loaded: {progress(job)}")
                     return
                 if time.monotonic() >= end:
                     log.warning(
                         "%s is not warm (%s) and the limit of %g s is over: its pods start now",
                         order.mountpoint, progress(job), order.wait_s,
                     )  # fmt: skip
+                    pod.too_long(f"the limit of {order.wait_s:g} s is over, the pod starts now: {progress(job)}")
                     return
+                pod.waiting(progress(job))
                 if job["state"] in _OVER or time.monotonic() >= give_up:
                     raise unavailable(f"warming up: {progress(job)}")
                 time.sleep(max(0.0, min(LOOK_S, end - time.monotonic(), give_up - time.monotonic())))

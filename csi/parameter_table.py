@@ -7,8 +7,10 @@ text of a person into a value or says why it cannot. INVARIANT: a parameter exis
 from __future__ import annotations
 
 import enum
+import ipaddress
 import math
 import re
+import socket
 import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from csi.mount_flags import MountFlags
 
 DEFAULT_AUDIENCE = "sts.amazonaws.com"
 _LEAST_QUOTA_BYTES = 1 << 20
+_AWS_METADATA = ipaddress.IPv6Address("fd00:ec2::254")
 
 
 class AuthSource(enum.StrEnum):
@@ -69,6 +72,30 @@ def _url(text: str) -> str:
         raise ValueError(wrong) from error
     if not well or parts.query or parts.fragment or re.search(r"\s", text):
         raise ValueError(wrong)
+    if _is_of_the_machine(parts.hostname or ""):
+        raise ValueError("is where machines get their own credentials, and no server of objects")
+    return text
+
+
+def _is_of_the_machine(host: str) -> bool:
+    """Whether a host is the metadata service of a cloud, written as an address: a tenant would read the node's role
+    there, as a file.
+    """
+    try:
+        address: ipaddress.IPv4Address | ipaddress.IPv6Address = ipaddress.IPv4Address(socket.inet_aton(host))
+    except (OSError, ValueError):  # inet_aton knows all the ways that a resolver takes: 2852039166, 0xa9fea9fe
+        try:
+            address = ipaddress.IPv6Address(host)
+        except ValueError:
+            return False
+        address = address.ipv4_mapped or address
+    return address.is_link_local or address == _AWS_METADATA
+
+
+def _region(text: str) -> str:
+    """A region becomes part of a host name; whatever else it had in it would be another host."""
+    if not re.fullmatch(r"[A-Za-z0-9._-]{0,63}", text):
+        raise ValueError("must be the name of a region: letters, digits and hyphens")
     return text
 
 
@@ -153,7 +180,7 @@ TABLE: tuple[Parameter, ...] = (
         of_class=True,
     ),
     Parameter("endpoint", "Address of an S3-compatible server; empty: AWS.", _url, field="endpoint"),
-    Parameter("region", "Region of the bucket.", _text, field="region"),
+    Parameter("region", "Region of the bucket.", _region, field="region"),
     Parameter(
         "pathStyle",
         "true: the bucket's name in the path of URLs, false: in the host name.",
@@ -179,7 +206,7 @@ TABLE: tuple[Parameter, ...] = (
     Parameter(
         "stsEndpoint", "With `authSource: pod`: address of STS.", _url, "that of the region", field="sts_endpoint"
     ),
-    Parameter("stsRegion", "With `authSource: pod`: region of STS.", _text, "`region`", field="sts_region"),
+    Parameter("stsRegion", "With `authSource: pod`: region of STS.", _region, "`region`", field="sts_region"),
     Parameter(
         "audience",
         "With `authSource: pod`: audience of the token; one of `tokenRequests` of the CSIDriver.",

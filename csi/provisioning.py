@@ -8,9 +8,10 @@ The record stands before the first object is written, and says whether the prefi
 ever deleted: a prefix that held objects (of a claim of the same name whose volume was retained, or of somebody else) is
 shown as it is, and stays when the volume goes.
 
-DeleteVolume, in this order: refuse while snapshots or volumes from snapshots need the objects -> the record (state
-"deleting") -> objects, in the background when they are many -> the record away. Big copies and deletions are answered
-with ABORTED and how far they are; the callers of CSI ask again, and bring the credentials that go on with it.
+DeleteVolume, in this order: unfinished copies of it away -> refuse while snapshots or volumes from snapshots need the
+objects -> the record (state "deleting") -> objects, in the background when they are many -> the record away. Big copies
+and deletions are answered with ABORTED and how far they are; the callers of CSI ask again, and bring the credentials
+that go on with it.
 
 INVARIANTS: what is deleted lies below the prefix of a record that says `owned`, or is the manifest of that volume; two
 volumes that are there at the same time own no common object.
@@ -22,6 +23,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from cachefs.errors import AccessDenied, BucketNotFound, CredentialsError, NotFound, UsageError
@@ -37,6 +39,7 @@ from csi.parameters import VolumeSpec, own_parameters, parse
 from csi.path_template import PVC_NAME, PVC_NAMESPACE
 from csi.records import VOLUMES, CorruptRecord, VolumeRecords
 from csi.status import aborted, already_exists, failed_precondition, invalid, not_found, out_of_range
+from csi.transfers import listing_key
 from csi.volumes import Made, State, Volume, volume_id_of
 
 log = logging.getLogger(__name__)
@@ -115,7 +118,7 @@ class Provisioner:
             self._look(volume, spec, order.secrets)
             return self._recorded(volume)
         place = f"s3://{spec.bucket}/{volume.prefix}"
-        with self._prefixes.alone(f"{spec.endpoint} {place}"), self._buckets.open(spec, order.secrets) as admin:
+        with self._prefixes.alone(volume.place), self._buckets.open(spec, order.secrets) as admin:
             self._check_alone(volume, spec)
             owned = next(admin.objects(volume.prefix), None) is None
             if not owned and volume.source:
@@ -194,9 +197,14 @@ class Provisioner:
     def _check_alone(self, volume: Volume, spec: VolumeSpec) -> None:
         """Refuse a prefix that lies in, or around, that of another claim's volume."""
         for other in known_volumes.every(self._records):
-            if other.made is not Made.PREFIX or not _overlap(volume.prefix, spec, other):
+            if other.made is not Made.PREFIX or not other.overlaps(volume.prefix, spec):
                 continue
             if other.prefix == volume.prefix and other.claim == volume.claim and volume.claim:
+                if other.owned and other.state is State.DELETING:
+                    raise aborted(
+                        f"s3://{spec.bucket}/{volume.prefix} is still being deleted with the volume that the claim "
+                        f"{volume.claim} had before ({other.volume_id}): try again"
+                    )
                 continue  # the claim of a retained volume was made anew: it gets its objects back
             raise failed_precondition(
                 f"parameters.pathTemplate: s3://{spec.bucket}/{volume.prefix} is in use by the volume "
@@ -268,23 +276,47 @@ class Provisioner:
             volume = known_volumes.find(self._records, volume_id)
             if volume is None:
                 return
-            if volume.owned:
-                self._check_free(volume)
-            if volume.state is not State.DELETING:
+            self._drop_unfinished_copies(volume, secrets)
+            self._take_away(volume, secrets)
+
+    def _take_away(self, volume: Volume, secrets: Secrets) -> None:
+        if volume.owned:
+            self._check_free(volume)
+        if volume.state is not State.DELETING:
+            # a volume that the claim gets anew sees this one go, or has all of it
+            with self._prefixes.alone(volume.place) if volume.owned else nullcontext():
                 volume = self._keep(volume, state=State.DELETING)
-            try:
-                self._remove(volume, secrets)
-            except BucketNotFound:
-                log.info("volume %s: its bucket is gone, and all that it had", volume_id)
-            self._jobs.forget(volume_id)
-            self._records.delete(VOLUMES, volume_id)
+        try:
+            self._remove(volume, secrets)
+        except BucketNotFound:
+            log.info("volume %s: its bucket is gone, and all that it had", volume.volume_id)
+        self._jobs.forget(volume.volume_id)
+        self._records.delete(VOLUMES, volume.volume_id)
+
+    def _drop_unfinished_copies(self, source: Volume, secrets: Secrets) -> None:
+        """Take away what was begun as a copy of a volume that goes: it can never be finished, and when its claim is
+        gone too the provisioner asks for it no more, not even to delete it.
+        """
+        for each in known_volumes.every(self._records):
+            if not each.is_unfinished_copy_of(source):
+                continue
+            with self._locks.alone(each.volume_id):
+                found = known_volumes.find(self._records, each.volume_id)
+                if found is not None and found.is_unfinished_copy_of(source):  # it may have become ready
+                    log.info("volume %s: was never finished, and goes with its source", found.volume_id)
+                    self._take_away(found, secrets)
 
     def _remove(self, volume: Volume, secrets: Secrets) -> None:
         spec = volume.spec
         if volume.made is Made.MANIFEST:
             with self._buckets.open(spec, secrets) as admin:
                 snapshots.unpin(admin, volume.volume_id)
-        if not volume.owned or self._is_shared(volume):
+        if not volume.owned:
+            return
+        if self._is_shared(volume):
+            self._jobs.forget(volume.volume_id)
+            with self._buckets.open(spec, secrets) as admin:
+                admin.delete([listing_key(volume.volume_id)])
             return
         self._buckets.open(spec, secrets).close()  # what is wrong with the secrets is said before a job begins
         progress = self._jobs.delete(
@@ -308,11 +340,8 @@ class Provisioner:
                     "delete it first"
                 )
         for other in known_volumes.every(self._records):
-            if (
-                other.made is Made.MANIFEST
-                and other.volume_id != volume.volume_id
-                and _within(other, volume.prefix, spec)
-            ):
+            others = other.made is Made.MANIFEST and other.volume_id != volume.volume_id
+            if others and other.is_within(volume.prefix, spec):
                 raise failed_precondition(
                     f"the volume {other.volume_id} (claim {other.claim or 'unknown'}) shows objects of the volume "
                     f"{volume.volume_id}: delete it first"
@@ -323,7 +352,7 @@ class Provisioner:
         for other in known_volumes.every(self._records):
             if other.volume_id == volume.volume_id or other.made is not Made.PREFIX:
                 continue
-            if _overlap(volume.prefix, volume.spec, other):
+            if other.overlaps(volume.prefix, volume.spec):
                 log.info("volume %s: its objects stay, since volume %s has them now", volume.volume_id, other.volume_id)
                 return True
         return False
@@ -360,15 +389,3 @@ def origin_of(records: VolumeRecords, snapshot_id: str) -> VolumeSpec:
     if not isinstance(context, dict):
         raise CorruptRecord(f"the record of the snapshot {snapshot_id} does not say where its bucket is")
     return parse(context)
-
-
-def _overlap(prefix: str, spec: VolumeSpec, other: Volume) -> bool:
-    """Whether a prefix and that of another volume have objects in common, or may have."""
-    there = other.spec
-    same = (there.endpoint, there.bucket) == (spec.endpoint, spec.bucket)
-    return same and (prefix.startswith(other.prefix) or other.prefix.startswith(prefix))
-
-
-def _within(other: Volume, prefix: str, spec: VolumeSpec) -> bool:
-    there = other.spec
-    return (there.endpoint, there.bucket) == (spec.endpoint, spec.bucket) and other.prefix.startswith(prefix)

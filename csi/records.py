@@ -16,6 +16,7 @@ import json
 import os
 import re
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +29,9 @@ VOLUMES = "volumes"
 MAX_ID_BYTES = 128
 _ID = re.compile(r"[a-z0-9][a-z0-9.-]{0,127}")
 _SUFFIX = ".json"
+_NEW = ".new"
+_LEFT_BEHIND_S = 3600.0
+"""Age of a temporary file whose writer is certainly dead."""
 
 Value = Mapping[str, Any]
 
@@ -108,13 +112,14 @@ class FileRecords:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"--state file://{directory}: {error.strerror}") from error
+        self._sweep()
 
     def put_new(self, kind: str, record_id: str, value: Value) -> Value | None:
         """See `VolumeRecords`. A hard link is what makes it atomic."""
         path = self._path(kind, record_id)
         with _translated(path):
             path.parent.mkdir(mode=0o700, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".new")
+            descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=_NEW)
             try:
                 with open(descriptor, "wb") as file:
                     file.write(encode(value))
@@ -179,6 +184,14 @@ class FileRecords:
 
     def close(self) -> None:
         """See `VolumeRecords`."""
+
+    def _sweep(self) -> None:
+        """Remove what earlier controllers were killed over; one that is about to end may still write the newest."""
+        for pattern in (f"*/.*{_NEW}", f"*/*{_SUFFIX}.tmp"):
+            for path in self._directory.glob(pattern):
+                with contextlib.suppress(OSError):
+                    if time.time() - path.stat().st_mtime > _LEFT_BEHIND_S:
+                        path.unlink()
 
     def _names(self, kind: str, after: str) -> Iterator[str]:
         try:

@@ -42,6 +42,11 @@ Record = Mapping[str, Any]
 Stopped = Callable[[], bool]
 
 
+def listing_key(job_id: str) -> str:
+    """Return the key of what a copy has listed, which is there until the copy is over."""
+    return f"{JOBS}{job_id}"
+
+
 class Cancelled(CachefsError):
     """The job was told to stop; it goes on with the next call for it."""
 
@@ -77,7 +82,7 @@ class Copy:
 
     def work(self, admin: BucketAdmin, record: Record | None, stopped: Stopped) -> Iterator[Record]:
         """See `Steps.work`. Raises AlreadyExists, before anything is written, when the target holds objects already."""
-        listing = f"{JOBS}{self.job_id}"
+        listing = listing_key(self.job_id)
         if record is None:
             self._require_empty(admin)
             admin.delete([listing])  # of a job of this id that was forgotten
@@ -183,7 +188,7 @@ class Deletion:
                 record = step
                 yield record
             if record["done"] == before:
-                admin.delete([self.prefix, f"{JOBS}{self.job_id}"])
+                admin.delete([self.prefix, listing_key(self.job_id)])
                 yield {**record, "state": "gone"}
                 return
         raise StorageUnavailable(f"s3://{admin.bucket}/{self.prefix} is still being written to: it cannot be deleted")

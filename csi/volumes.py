@@ -81,6 +81,28 @@ class Volume:
         """Its context, parsed."""
         return parse(self.context)
 
+    @property
+    def place(self) -> str:
+        """Where its prefix is, as one text."""
+        spec = self.spec
+        return f"{spec.endpoint} s3://{spec.bucket}/{self.prefix}"
+
+    def overlaps(self, prefix: str, spec: VolumeSpec) -> bool:
+        """Whether a prefix and this volume have objects in common, or may have."""
+        return self._is_there(spec) and (prefix.startswith(self.prefix) or self.prefix.startswith(prefix))
+
+    def is_within(self, prefix: str, spec: VolumeSpec) -> bool:
+        """Whether all that it shows lies below a prefix."""
+        return self._is_there(spec) and self.prefix.startswith(prefix)
+
+    def _is_there(self, spec: VolumeSpec) -> bool:
+        own = self.spec
+        return (own.endpoint, own.bucket) == (spec.endpoint, spec.bucket)
+
+    def is_unfinished_copy_of(self, source: Volume) -> bool:
+        """Whether it was to be made from a volume, and is not ready (or is being deleted)."""
+        return self.state is not State.READY and self.source.get("volume") == source.volume_id
+
     def message(self) -> csi_pb2.Volume:
         """Return it as the protocol has it."""
         source = None

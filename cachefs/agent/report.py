@@ -51,8 +51,9 @@ class Report:
         """Return everything but the cluster, as docs/STATUS.md describes it."""
         counters = self._counters.snapshot()
         served = list(volumes.by_id.values())  # a copy: this runs in a thread
-        for volume in served:
-            for name, value in volume.store.now.counters.snapshot().items():
+        asked = {volume.volume_id: volume.store.now.counters.snapshot() for volume in served}
+        for counted in asked.values():
+            for name, value in counted.items():
                 counters[name] = counters.get(name, 0) + value
         mounts: dict[str, Any] = {}
         described: dict[str, Any] = {}
@@ -61,7 +62,7 @@ class Report:
             described[volume.volume_id] = {
                 "source": volume.source, "objects": objects, "bytes": used,
                 "hidden_keys": volume.writer.reader.hidden(), "limits": cache.limits_of(volume.owner),
-                "origin": volume.store.now.counters.condition.describe(),
+                "origin": volume.store.now.counters.condition.describe(), "counters": asked[volume.volume_id],
             }  # fmt: skip
             for mount in list(volume.mounts.values()):
                 mounts[mount.mount_id] = {

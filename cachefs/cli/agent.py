@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from cachefs.cli.load import load
+from cachefs.cli.metrics_option import Address, metrics_option, serving
 from cachefs.cli.options import CONFIG_PARAMETER, config_options
 from cachefs.logs import configure
 
@@ -19,8 +20,9 @@ log = logging.getLogger(__name__)
 
 
 @click.command()
+@metrics_option
 @config_options("cache", "peer", "log")
-def agent(**options: Any) -> None:
+def agent(metrics: Address | None, **options: Any) -> None:
     """Run the agent of --cache-dir in the foreground until SIGTERM."""
     loaded = load(options, os.environ, options[CONFIG_PARAMETER])
     configure(loaded.config.log, "agent")
@@ -29,6 +31,7 @@ def agent(**options: Any) -> None:
 
     from cachefs.agent.main import run  # imports trio: not before the options are known to be good
 
-    run(loaded.config.cache, loaded.config.peer, log_file=loaded.config.log.log_file)
+    with serving(metrics, loaded.config.cache):
+        run(loaded.config.cache, loaded.config.peer, log_file=loaded.config.log.log_file)
     logging.shutdown()
     os._exit(0)  # threads that still wait for a slow store must not keep a finished agent alive

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cachefs import runtime
-from cachefs.cli import output
+from cachefs.cli import keeper_checks, output
 from cachefs.cli.load import Loaded, nearest_key, validate
 from cachefs.cli.options import ENVIRONMENT_PREFIX, SETTINGS
 from cachefs.cli.room import disk_room_bytes, memory_bytes, nearest_existing, used_bytes
@@ -109,6 +109,9 @@ def check_kernel(config: Config) -> Iterator[Check]:
 
 def check_fuse(config: Config) -> Iterator[Check]:
     """The device, the right to mount, and who may look into the mount."""
+    if keeper_checks.mounts_for(config.cache.runtime_dir):
+        yield Check("right to mount", OK, "not needed: the keeper of this node mounts")
+        return
     try:
         os.close(kernel.open_device())
         yield Check("fuse device", OK, f"{kernel.DEVICE} can be opened")
@@ -162,6 +165,8 @@ def _load_library(name: str) -> ctypes.CDLL | None:
 
 def check_mount_helper(config: Config) -> Iterator[Check]:
     """mount(8) looks for helpers of fstab's types in /sbin only."""
+    if keeper_checks.has_keeper(config.cache.runtime_dir):
+        return  # nobody mounts by fstab there
     found = shutil.which("mount.fuse.cachefs", path="/sbin:/usr/sbin")
     if found:
         yield Check("fstab", OK, f"mount -t fuse.cachefs works through {found}")
@@ -301,12 +306,20 @@ def check_open_files(config: Config) -> Iterator[Check]:
         yield Check("open files", OK, f"the limit is {shown}")
 
 
+def check_keeper(config: Config) -> Iterator[Check]:
+    """The keeper of a Kubernetes node, where there is one."""
+    for finding in keeper_checks.look(config.cache.runtime_dir):
+        yield Check("keeper", FAIL if finding.remedy else OK, finding.text, finding.remedy)
+
+
 def check_stale_mounts(config: Config) -> Iterator[Check]:
     """Mounts whose supervisor is gone: they answer nothing, or would not be restarted."""
     path = config.cache.runtime_dir
     states = runtime.RuntimeDir(path).mount_states() if os.access(os.path.join(path, "mounts"), os.R_OK) else []
     served = {state.get("mountpoint") for state in states if is_running(state.get("supervisor_pid"))}
-    mounted = [m.mountpoint for m in mountinfo.mounts() if m.is_cachefs]
+    found = [m for m in mountinfo.mounts() if m.is_cachefs]
+    mounted = [m.mountpoint for m in found]
+    served |= keeper_checks.kept(path, found)
     stale = [m for m in mounted if m not in served]
     for mountpoint in stale:
         text = f"{output.plain(mountpoint)} has no supervisor in {path}"
@@ -328,5 +341,6 @@ _CHECKS: tuple[tuple[str, Callable[[Config], Iterator[Check]]], ...] = (
     ("cache directory", check_cache_directory),
     ("runtime directory", check_runtime_directory),
     ("open files", check_open_files),
+    ("keeper", check_keeper),
     ("mounts", check_stale_mounts),
 )

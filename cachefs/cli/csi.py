@@ -27,6 +27,8 @@ END_S = 5.0
 DRIVER_NAME = "cachefs.csi.k8s.io"
 _NAME = re.compile(r"[a-zA-Z]([a-zA-Z0-9.-]{0,61}[a-zA-Z0-9])?")
 _MAX_NODE_ID_BYTES = 256
+AUTH_SOURCES = ("node", "secret", "pod", "anonymous")
+"""Of `csi.parameter_table.AuthSource`, which costs more to import than the help of a command should."""
 
 
 def _grace(text: str) -> float:
@@ -37,6 +39,13 @@ def _grace(text: str) -> float:
     if not 0 <= seconds <= 3600:
         raise click.BadParameter(f"'{text}' is not a time up to an hour")
     return seconds
+
+
+def _sources(text: str) -> frozenset[str]:
+    found = frozenset(part.strip() for part in text.split(",") if part.strip())
+    if unknown := sorted(found - set(AUTH_SOURCES)):
+        raise click.BadParameter(f"'{unknown[0]}' is not one of: {', '.join(AUTH_SOURCES)}")
+    return found
 
 
 @click.command()
@@ -85,9 +94,24 @@ def _grace(text: str) -> float:
     help="Most volumes on this node (0: Kubernetes decides).",
 )
 @click.option(
+    "--inline-auth",
+    type=_sources,
+    default=",".join(AUTH_SOURCES),
+    show_default=True,
+    metavar="LIST",
+    help="What inline volumes may say as authSource. Everybody who may make pods writes them: without 'node' they "
+    "cannot use the keys of the node; empty: there are none.",
+)
+@click.option(
     "--topology/--no-topology",
     default=False,
     help="Nodes are in zones (--zone) that Kubernetes shall know, and volumes have a place. [default: no]",
+)
+@click.option(
+    "--events/--no-events",
+    default=False,
+    help="Tell pods in their events that they wait for a warm-up (needs podInfoOnMount in the CSIDriver, and the right "
+    "to create and patch events). [default: no]",
 )
 @click.option(
     "--grace", type=_grace, default="20s", show_default=True, metavar="TIME", help="What running calls get at SIGTERM."
@@ -106,6 +130,7 @@ def csi(**options: Any) -> None:
 
     from csi.driver import Driver, DriverSettings, Mode
     from csi.endpoint import parse_endpoint
+    from csi.parameter_table import AuthSource
 
     if not _NAME.fullmatch(own["driver_name"]):
         raise ConfigError(f"--driver-name {own['driver_name']}: must be a domain name of at most 63 characters")
@@ -130,6 +155,8 @@ def csi(**options: Any) -> None:
             credentials_dir=own["credentials_dir"] or f"{os.path.dirname(own['keeper'])}/credentials",
             kubelet_dir=own["kubelet_dir"] or ("/" if own["mode"] == "all" else "/var/lib/kubelet"),
             node_uid=own["node_uid"],
+            inline_auth=frozenset(map(AuthSource, own["inline_auth"])),
+            has_events=own["events"],
         )
     )
     ended = threading.Event()
@@ -147,7 +174,7 @@ def csi(**options: Any) -> None:
 
 _OWN = (
     "endpoint", "node_id", "mode", "driver_name", "state", "keeper", "credentials_dir", "kubelet_dir", "node_uid",
-    "max_volumes", "topology", "grace",
+    "max_volumes", "inline_auth", "topology", "events", "grace",
 )  # fmt: skip
 
 

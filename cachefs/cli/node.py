@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cachefs.cli.load import load
+from cachefs.cli.metrics_option import Address, metrics_option, serving
 from cachefs.cli.options import CONFIG_PARAMETER, config_options, parse_duration
 from cachefs.config import Config, LogFormat
 from cachefs.errors import MountError, UsageError
@@ -53,8 +54,9 @@ def _seconds(text: str) -> float:
     help="Label this Kubernetes node with the datasets that it holds much of (needs --etcd, and the right to get and "
     "patch nodes).",
 )
+@metrics_option
 @config_options("cache", "peer", "log")
-def node(keeper_socket: str, grace_s: float, label_node: str | None, **options: Any) -> int:
+def node(keeper_socket: str, grace_s: float, label_node: str | None, metrics: Address | None, **options: Any) -> int:
     """Run the agent of this node, and the workers of its mounts for the keeper, until SIGTERM. Needs no rights."""
     loaded = load(options, os.environ, options[CONFIG_PARAMETER])
     config = loaded.config
@@ -74,11 +76,12 @@ def node(keeper_socket: str, grace_s: float, label_node: str | None, **options: 
     except OSError as error:
         raise MountError(f"--runtime-dir {config.cache.runtime_dir}: {error.strerror or error}") from error
     labels = _labels(label_node, config) if label_node else None
-    if labels is not None:
-        labels.start()
-    code = service.run()
-    if labels is not None:
-        labels.close()
+    with serving(metrics, config.cache, keeper_socket):
+        if labels is not None:
+            labels.start()
+        code = service.run()
+        if labels is not None:
+            labels.close()
     sys.stderr.flush()
     os._exit(code)  # the agent's watch may still wait for it
 

@@ -2,6 +2,7 @@
 
     docs/CONFIGURATION.md    every setting of `cachefs.config`
     docs/COUNTERS.md         every counter of `cachefs.metrics`
+    docs/METRICS.md          every metric of `cachefs.exporter.table`
     docs/KUBERNETES.md       the table of parameters of `csi.parameter_table`; the rest is written by hand
 
 A test compares the files with what is written here, so nothing without documentation can be released.
@@ -15,6 +16,8 @@ from pathlib import Path
 
 from cachefs.cli.load import FALLBACKS
 from cachefs.cli.options import SETTINGS, Setting, choices, render
+from cachefs.exporter import table as exported
+from cachefs.exporter.samples import MOST_MOUNTS, MOST_VOLUMES
 from cachefs.metrics import METRICS
 from csi.parameter_table import markdown_table
 
@@ -98,6 +101,7 @@ _COUNTERS_HEAD = """\
 
 What the `counters` of `cachefs status --json` mean ([STATUS.md](STATUS.md)). Counters only grow, and start again with
 the process that counts: those of a mount with its worker, those of an agent with the agent. One that is not there is 0.
+[METRICS.md](METRICS.md) says what Prometheus gets of them.
 
 | counter | unit | meaning |
 | --- | --- | --- |
@@ -110,7 +114,49 @@ def counters() -> str:
     return _COUNTERS_HEAD + "".join(rows)
 
 
-DOCUMENTS = {"CONFIGURATION.md": configuration, "COUNTERS.md": counters}
+_METRICS_HEAD = """\
+# Metrics for Prometheus
+
+<!-- Written by `make docs`; change cachefs/exporter/table.py instead. -->
+
+`cachefs node --metrics ADDR:PORT` and `cachefs agent --metrics ADDR:PORT` serve these at `/metrics`, in the text
+format of Prometheus (0.0.4). `:9815` is the port on all addresses. Without the option nothing listens; there is no
+password and no TLS: it is for the network of the cluster.
+
+Each scrape asks the agent, and on a Kubernetes node the keeper, for at most two seconds each. Whoever does not answer
+is left out but for `cachefs_agent_up 0` or `cachefs_keeper_up 0`; the answer comes all the same. `cachefs agent`
+serves nothing of the keeper.
+
+Counters start again with the process that counts ([COUNTERS.md](COUNTERS.md)): use `rate()` or `increase()`. Labels:
+
+| label | what it says |
+| --- | --- |
+| `volume` | source: `s3://BUCKET/PREFIX` |
+| `volume_id` | name of the volume in the agent: of one source there may be several (other keys, other `mode`) |
+| `mount` | key of the mount in the keeper; where there is no keeper, the mount point |
+| `tier` | `shm` or `disk` |
+| `origin` | where a block came from: `store`, or `peer` |
+| `state`, `part`, `of`, `handle`, `version` | see the metric |
+
+At most {mounts} mounts and {volumes} volumes are shown, those with something wrong first; `cachefs_left_out` counts the
+others. Answers that the kernel gives from its page cache reach nobody and are counted nowhere.
+
+Two that are often wanted: the share of READ requests that a node answered without asking its agent, and the
+amplification of reads from S3 (bytes from the store for each byte that the owner of its block fetched; 1 is the best
+there is):
+
+    1 - sum(rate(cachefs_mount_read_misses_total[5m])) / sum(rate(cachefs_mount_fuse_reads_total[5m]))
+    sum(rate(cachefs_fill_bytes_total{{origin="store"}}[5m])) / sum(rate(cachefs_peer_owned_fill_bytes_total[5m]))
+
+"""
+
+
+def metrics_served() -> str:
+    """Return the text of docs/METRICS.md."""
+    return _METRICS_HEAD.format(mounts=MOST_MOUNTS, volumes=MOST_VOLUMES) + exported.markdown_table()
+
+
+DOCUMENTS = {"CONFIGURATION.md": configuration, "COUNTERS.md": counters, "METRICS.md": metrics_served}
 TABLES = {"KUBERNETES.md": ("parameters", markdown_table)}
 """Documents that are written by hand but for a table between two comments."""
 

@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 import cachefs
-from cachefs.cli import output
+from cachefs.cli import kept_mounts, output
 from cachefs.cli.load import build_config
 from cachefs.cli.options import CONFIG_PARAMETER
 from cachefs.errors import CachefsError
@@ -34,7 +34,7 @@ TIERS = (Tier.SHM.value, Tier.DISK.value)
 MOUNT_KEYS = (
     "mount_id", "mountpoint", "source", "version", "supervisor_version", "agent_version", "supervisor_pid",
     "worker_pid", "agent_pid", "state", "health", "problems", "restarts", "last_crash", "started_at", "engine",
-    "consistency", "log_file", "guard_held", "cache_dir", "volume_id", "hit_ratio", "counters",
+    "consistency", "log_file", "guard_held", "cache_dir", "volume_id", "hit_ratio", "counters", "kept",
 )  # fmt: skip
 """Keys of one element of "mounts"."""
 AGENT_KEYS = (
@@ -75,23 +75,37 @@ def status(mountpoint: str | None, *, as_json: bool, runtime_dir: str | None, co
 def collect(runtime_dir: str, mountpoint: str | None = None) -> dict[str, Any]:
     """Return the whole document; with `mountpoint` only that mount (and the agent that serves it)."""
     if not Path(runtime_dir).is_dir():  # nothing was ever mounted here, and asking must not create directories
-        return {"version": cachefs.__version__, "mounts": [], "agents": []}
+        return {"version": cachefs.__version__, "mounts": [], "agents": [], "keeper": None}
     if not os.access(runtime_dir, os.R_OK | os.X_OK):
         raise CachefsError(f"{runtime_dir} belongs to another user: ask as that user, or as root")
-    directory = RuntimeDir(runtime_dir)
-    replies = {path: reply for path in directory.agent_sockets() if (reply := ask_agent(path)) is not None}
-    wanted = None if mountpoint is None else mount_id(canonical(mountpoint))
-    states: list[Any] = directory.mount_states()
-    mounts = [
-        describe_mount(state, replies)
-        for state in states
-        if isinstance(state, dict) and wanted in (None, state.get("mount_id"))
-    ]
+    keeper_socket = kept_mounts.find_socket(runtime_dir)
+    files, sockets = _look_into(runtime_dir, keeper_socket)
+    replies = {path: reply for path in sockets if (reply := ask_agent(path)) is not None}
+    keeper, states = kept_mounts.join_states(files, keeper_socket, replies)
+    if mountpoint is not None:
+        place = canonical(mountpoint)
+        wanted = mount_id(place)
+        states = [each for each in states if each.get("mount_id") == wanted or kept_mounts.is_at(each, place)]
+    mounts = [describe_mount(state, replies) for state in states]
     agents = [describe_agent(path, reply) for path, reply in replies.items()]
-    if wanted is not None:
+    if mountpoint is not None:
         serving = {mount["agent_pid"] for mount in mounts}
         agents = [agent for agent in agents if agent["agent_pid"] in serving]
-    return {"version": cachefs.__version__, "mounts": mounts, "agents": agents}
+    return {"version": cachefs.__version__, "mounts": mounts, "agents": agents, "keeper": keeper}
+
+
+def _look_into(runtime_dir: str, keeper_socket: str | None) -> tuple[list[Any], list[str]]:
+    """Return what the state files say, and the sockets of agents."""
+    try:
+        directory = RuntimeDir(runtime_dir)
+    except PermissionError:
+        if keeper_socket is None:
+            raise
+        files, sockets = [], []  # that of the keeper, or of the node service: the keeper knows what is in it
+    else:
+        files, sockets = list(directory.mount_states()), directory.agent_sockets()
+    beside = kept_mounts.agent_sockets(keeper_socket) if keeper_socket else []
+    return files, list(dict.fromkeys([*sockets, *beside]))
 
 
 def ask_agent(path: str, *, peers: bool = False, timeout_s: float = AGENT_TIMEOUT_S) -> dict[str, Any] | None:
@@ -169,6 +183,10 @@ def hit_ratio(worker: Mapping[str, float], agent: Mapping[str, float]) -> dict[s
 def _health(state: Mapping[str, Any], reply: Mapping[str, Any] | None) -> tuple[str, list[str]]:
     """Return "ok", "degraded", "failed" or "dead", and why."""
     where = state.get("mountpoint")
+    if state.get("kept"):
+        verdict, problems = kept_mounts.health(state)
+        problems += _agent_health(state, reply)
+        return verdict or ("degraded" if problems else "ok"), problems
     if not is_running(state.get("supervisor_pid")):
         serving = is_running(state.get("worker_pid"))
         what = "its worker still serves but would not be restarted" if serving else "nothing serves it"
@@ -182,11 +200,16 @@ def _health(state: Mapping[str, Any], reply: Mapping[str, Any] | None) -> tuple[
         problems.append(f"the mount is {state.get('state')}")
     elif not is_running(state.get("worker_pid")):
         problems.append("the worker is gone and is about to be restarted")
-    if reply is None:
-        problems.append("its agent does not answer; the worker starts another when it needs one")
-    else:
-        problems += _agent_problems(reply, reply.get("mounts", {}).get(state.get("mount_id"), {}).get("volume_id"))
+    problems += _agent_health(state, reply)
     return ("degraded" if problems else "ok"), problems
+
+
+def _agent_health(state: Mapping[str, Any], reply: Mapping[str, Any] | None) -> list[str]:
+    """Return what the agent that serves a mount says, or that it says nothing."""
+    if reply is None:
+        by = "the node service" if state.get("kept") else "the worker"
+        return [f"its agent does not answer; {by} starts another when it needs one"]
+    return list(_agent_problems(reply, reply.get("mounts", {}).get(state.get("mount_id"), {}).get("volume_id")))
 
 
 def _agent_problems(reply: Mapping[str, Any], volume_id: object) -> Iterator[str]:
@@ -221,8 +244,9 @@ def is_running(pid: object) -> bool:
 
 def render(document: Mapping[str, Any]) -> list[str]:
     """Return the lines for a person."""
+    keeper = [kept_mounts.keeper_line(document["keeper"])] if document.get("keeper") else []
     if not document["mounts"] and not document["agents"]:
-        return ["nothing is mounted"]
+        return [*keeper, "nothing is mounted"]
     lines: list[str] = []
     if document["mounts"]:
         head = ["MOUNT POINT", "SOURCE", "HEALTH", "SHM HITS", "DISK HITS", "READS", "BYTES", "RESTARTS", "UP"]
@@ -231,13 +255,15 @@ def render(document: Mapping[str, Any]) -> list[str]:
             lines += _mount_remarks(mount)
     for agent in document["agents"]:
         lines += ["", *_agent_lines(agent)]
+    if keeper:
+        lines += ["", *keeper]
     return lines if document["mounts"] else lines[1:]
 
 
 def _mount_row(mount: Mapping[str, Any]) -> list[str]:
     counters = mount["counters"]
     return [
-        output.plain(str(mount["mountpoint"])),
+        output.plain(kept_mounts.name_of(mount)),
         output.plain(str(mount["source"])),
         mount["health"],
         output.ratio(mount["hit_ratio"]["shm"]),
@@ -260,10 +286,13 @@ def _age(started_at: object) -> str:
 
 
 def _mount_remarks(mount: Mapping[str, Any]) -> list[str]:
-    numbers = ", ".join(f"{role} {mount[f'{role}_pid'] or '-'}" for role in ("supervisor", "worker", "agent"))
-    guard = "on" if mount["guard_held"] else "off"
-    name = output.plain(str(mount["mountpoint"]))
-    lines = [f"  {name}: {numbers}; engine {mount['engine']}, consistency {mount['consistency']}, guard {guard}"]
+    name = output.plain(kept_mounts.name_of(mount))
+    if mount["kept"]:
+        lines = list(kept_mounts.remarks(mount))
+    else:
+        numbers = ", ".join(f"{role} {mount[f'{role}_pid'] or '-'}" for role in ("supervisor", "worker", "agent"))
+        rest = f"engine {mount['engine'] or '-'}, consistency {mount['consistency'] or '-'}"
+        lines = [f"  {name}: {numbers}; {rest}, guard {'on' if mount['guard_held'] else 'off'}"]
     lines += [f"  {name}: {remark}" for remark in version_remarks(mount)]
     lines += [f"  {name}: {output.plain(problem)}" for problem in mount["problems"]]
     if mount["problems"] and mount["log_file"]:
@@ -271,13 +300,16 @@ def _mount_remarks(mount: Mapping[str, Any]) -> list[str]:
     elif mount["last_crash"]:
         crash = mount["last_crash"]
         what = output.plain(str(crash.get("what")))
-        lines.append(f"  {name}: last crash {_age(crash.get('at'))} ago: {what}")
+        when = f" {_age(crash['at'])} ago" if crash.get("at") else ""
+        lines.append(f"  {name}: last crash{when}: {what}")
     return lines
 
 
 def version_remarks(mount: Mapping[str, Any]) -> list[str]:
     """Say which parts of a mount are of another version than its worker. None of that is a problem."""
     own, remarks = mount.get("version"), []
+    if own is None or mount.get("kept"):
+        return []  # no worker has said so yet; or each pod of the node has its own version, which is shown
     if (agent := mount.get("agent_version")) not in (None, own):
         remarks.append(
             f"its worker is version {own}, its agent {agent}: that is replaced when nothing is mounted through it, "

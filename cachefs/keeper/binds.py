@@ -15,7 +15,7 @@ import ctypes
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from cachefs.keeper.places import below as prefix_of
 from cachefs.mount import mountinfo
@@ -61,31 +61,44 @@ class Ground:
 
     # -- walking ------------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def parent(self, path: str, *, make: bool = False) -> Iterator[tuple[int, str]]:
-        """Give the descriptor of the directory that `path` is in, and its name there. `make`: with what is missing on
-        the way. Raises PathRefused, FileNotFoundError and other OSErrors.
-        """
+    def _above(self, path: str) -> list[str]:
+        """Return the directories between the root and `path`. Raises PathRefused."""
         self._check(path)
-        *parts, name = path[len(prefix_of(self.root)) :].split("/")
-        ancestors = [prefix_of(self.root) + "/".join(parts[: count + 1]) for count in range(len(parts))]
-        inside = next((mount for mount in mountinfo.find_mounts(ancestors).values() if mount.is_cachefs), None)
+        parts = path[len(prefix_of(self.root)) :].split("/")[:-1]
+        return [prefix_of(self.root) + "/".join(parts[: count + 1]) for count in range(len(parts))]
+
+    def _look(self, *paths: str) -> dict[str, mountinfo.Mount]:
+        """Return what is mounted on these paths, and above them: in one look, since on a node of thousands of mounts it
+        takes milliseconds. Raises PathRefused.
+        """
+        return mountinfo.find_mounts([*paths, *(above for path in paths for above in self._above(path))])
+
+    @contextlib.contextmanager
+    def parent(
+        self, path: str, *, make: bool = False, seen: Mapping[str, mountinfo.Mount] | None = None
+    ) -> Iterator[tuple[int, str]]:
+        """Give the descriptor of the directory that `path` is in, and its name there. `make`: with what is missing on
+        the way; `seen`: what `_look` has found. Raises PathRefused, FileNotFoundError and other OSErrors.
+        """
+        ancestors = self._above(path)
+        seen = self._look(path) if seen is None else seen
+        inside = next((above for above in ancestors if above in seen and seen[above].is_cachefs), None)
         if inside is not None:
-            raise PathRefused(f"{path} is inside of the mount at {inside.mountpoint}")
+            raise PathRefused(f"{path} is inside of the mount at {inside}")
         descriptor = os.open(self.root, _WALK)
         try:
-            for part, walked in zip(parts, ancestors, strict=True):
-                below = _step(descriptor, part, walked, make=make)
+            for walked in ancestors:
+                below = _step(descriptor, os.path.basename(walked), walked, make=make)
                 os.close(descriptor)
                 descriptor = below
-            yield descriptor, name
+            yield descriptor, os.path.basename(path)
         finally:
             os.close(descriptor)
 
     def make_directory(self, path: str) -> None:
         """Make a directory, and those above it, if they are missing. Raises PathRefused, OSError."""
-        with self.parent(path, make=True) as (parent, name), contextlib.suppress(FileExistsError):
-            os.mkdir(name, DIRECTORY_MODE, dir_fd=parent)
+        with self.parent(path, make=True) as (parent, name):
+            _make(parent, name, path)
 
     def remove_directory(self, path: str) -> None:
         """Remove a directory if it is there, empty, and nothing is mounted on it. Raises PathRefused."""
@@ -101,20 +114,22 @@ class Ground:
         """Bind the mount at `source` to `target`, whose directory is made. Raises PathRefused, Occupied, OSError; then
         nothing is left mounted.
         """
-        mount = mountinfo.find_mount(source)
+        seen = self._look(source, target)
+        mount = seen.get(source)
         if mount is None:
             raise FileNotFoundError(errno.ENOENT, "is not mounted", source)
         with contextlib.ExitStack() as opened:
-            parent, name = opened.enter_context(self.parent(target, make=True))
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(name, DIRECTORY_MODE, dir_fd=parent)
+            parent, name = opened.enter_context(self.parent(target, make=True, seen=seen))
+            _make(parent, name, target)
             place = _open(parent, name, target)
             opened.callback(os.close, place)
             if _mount_number(place) != _mount_number(parent):
                 raise Occupied(f"something else is mounted on {target}")
-            from_parent, from_name = opened.enter_context(self.parent(source))
+            from_parent, from_name = opened.enter_context(self.parent(source, seen=seen))
             origin = _open(from_parent, from_name, source)
             opened.callback(os.close, origin)
+            if _mount_number(origin) == _mount_number(from_parent):  # it was unmounted since: this is what was below
+                raise FileNotFoundError(errno.ENOENT, "is not mounted", source)
             _mount(_path(origin), _path(place), _MS_BIND)
             if read_only:
                 try:
@@ -136,10 +151,10 @@ class Ground:
         """Take away every layer of cachefs on top at this path; returns how many. Raises PathRefused, OSError."""
         layers = 0
         while layers < _MAX_LAYERS:
-            top = mountinfo.find_mount(path)
-            if top is None or not top.is_cachefs:
+            seen = self._look(path)
+            if path not in seen or not seen[path].is_cachefs:
                 break
-            with self.parent(path) as (parent, name):
+            with self.parent(path, seen=seen) as (parent, name):
                 _unmount(parent, name)
             layers += 1
         return layers
@@ -147,9 +162,17 @@ class Ground:
 
 def _step(descriptor: int, part: str, walked: str, *, make: bool) -> int:
     if make:
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(part, DIRECTORY_MODE, dir_fd=descriptor)
+        _make(descriptor, part, walked)
     return _open(descriptor, part, walked)
+
+
+def _make(parent: int, name: str, path: str) -> None:
+    try:
+        os.mkdir(name, DIRECTORY_MODE, dir_fd=parent)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from error
 
 
 def _open(parent: int, name: str, path: str) -> int:

@@ -20,6 +20,8 @@ from cachefs.mount.loop import Loop
 
 _CREDENTIALS = struct.Struct("3i")
 _MAX_VISITORS = 512
+_MAX_STRANGERS = 16
+"""Of those, how many may be neither root nor the keeper's user nor the node service: others must get in beside them."""
 _MAX_REQUEST_BYTES = 1 << 20
 _REQUEST_S = 10.0
 _ANSWER_S = 10.0
@@ -91,7 +93,7 @@ class Visitor:
         self._door.loop.cancel(self)
         try:
             request = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             request = None
         if not isinstance(request, dict):
             self.fail("usage", "a request is one JSON object on one line")
@@ -180,6 +182,9 @@ class Door:
         else:
             visitor.fail("AccessDenied", f"user {visitor.uid} may not ask the keeper for this")
 
+    def _is_strange(self, visitor: Visitor) -> bool:
+        return visitor.uid not in (0, os.geteuid(), self._node_uid)
+
     def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
@@ -194,6 +199,9 @@ class Door:
             return
         connection.setblocking(False)
         visitor = Visitor(self, connection)
+        if self._is_strange(visitor) and sum(map(self._is_strange, self._visitors)) >= _MAX_STRANGERS:
+            connection.close()
+            return
         self._visitors.add(visitor)
         self.loop.watch(connection.fileno(), visitor.receive)
         self.loop.after(visitor, _REQUEST_S, visitor.close)

@@ -215,9 +215,18 @@ class Keeper:
     def _named(self, request: dict[str, Any]) -> KeptMount | None:
         return self.find(requests.key_of(request))
 
+    def _standing(self, key: str) -> KeptMount | None:
+        """Return the mount that a key names, at its place: one that somebody has unmounted everywhere is let go."""
+        kept = self.find(key)
+        if kept is None or kept.supervision is None or kept.stand():
+            return kept
+        self._journal.warning(f"{key} was unmounted by somebody else: it is let go")
+        kept.take_away()
+        return None
+
     def _mount(self, request: dict[str, Any], visitor: Visitor) -> None:
         wanted = requests.mount_of(request)
-        kept = self.find(wanted.key)
+        kept = self._standing(wanted.key)
         if kept is not None and kept.record.fingerprint != wanted.fingerprint:
             visitor.fail("exists", f"{wanted.key} is mounted with other settings")
         elif kept is not None and kept.serving:
@@ -290,15 +299,15 @@ class Keeper:
         visitor.answer({"ok": True, "found": True})
 
     def _bind(self, request: dict[str, Any], visitor: Visitor) -> None:
-        kept = self._named(request)
+        kept = self._standing(requests.key_of(request))
         target, read_only = requests.path_of(request), bool(request.get("read_only"))
         if kept is None:
             visitor.fail("missing", f"nothing is mounted as {requests.key_of(request)}")
             return
         self._ground.check_target(target)
         top = mountinfo.find_mount(target)
-        if kept.is_there(target):
-            self._bound_already(kept, target, visitor, read_only=read_only)
+        if top is not None and kept.owns(top):
+            self._bound_already(kept, top, visitor, read_only=read_only)
         elif top is None:
             kept.bind(target, read_only=read_only)
             visitor.answer({"ok": True})
@@ -307,9 +316,8 @@ class Keeper:
         else:
             self._prober.ask(target, functools.partial(self._bind_over, request, visitor))
 
-    def _bound_already(self, kept: KeptMount, target: str, visitor: Visitor, *, read_only: bool) -> None:
-        top = mountinfo.find_mount(target)
-        is_read_only = top is not None and "ro" in top.options.split(",")
+    def _bound_already(self, kept: KeptMount, top: mountinfo.Mount, visitor: Visitor, *, read_only: bool) -> None:
+        target, is_read_only = top.mountpoint, "ro" in top.options.split(",")
         if is_read_only != (read_only or kept.read_only):
             raise Occupied(f"{target} is bound {'read-only' if is_read_only else 'writable'} already")
         if kept.record.targets.get(target) != read_only:

@@ -4,13 +4,15 @@
     supervised  this process holds the device, and a supervision keeps a worker at it
     leaving     taken from its place; served until its last file is closed
 
-INVARIANT: the record is written when any of it changes, before anybody is told.
+INVARIANT: the record is written when any of it changes, before anybody is told. A mount or a bind that cannot be
+recorded is not made: the next keeper would take it for an orphan.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-import stat
+import signal
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -112,8 +114,11 @@ class KeptMount:
 
     def is_there(self, path: str) -> bool:
         """Whether this mount is on top at a path."""
-        top = mountinfo.find_mount(path)
-        return top is not None and top.is_cachefs and top.device == self.record.identity
+        return self.owns(mountinfo.find_mount(path))
+
+    def owns(self, mount: mountinfo.Mount | None) -> bool:
+        """Whether this is a place of this mount."""
+        return mount is not None and mount.is_cachefs and mount.device == self.record.identity
 
     # -- who waits ----------------------------------------------------------------------------------------------------
 
@@ -149,7 +154,9 @@ class KeptMount:
             outcome(kind, text)
 
     def save(self) -> None:
-        """Write the record down. A full file system costs only what would be known after the death of the keeper."""
+        """Write down what is new of a mount that is recorded. A full file system costs only what of it would be known
+        after the death of the keeper.
+        """
         try:
             self._house.records.save(self.record)
         except OSError as error:
@@ -166,12 +173,17 @@ class KeptMount:
         self.record.init, self.record.identity = device.init.hex(), device.identity
         self.record.init_answered, self.record.attached = False, None
         try:
+            if self.record.served:  # and recorded: made anew, it is better served than well recorded
+                self.save()
+            else:
+                self._house.records.save(self.record)
             self._supervise(device)
         except OSError:
             device.unmount(detach=True)
             device.close()
+            if not self.record.served:
+                self._house.records.remove(self.record)
             raise
-        self.save()
         if self.supervision is not None:
             self.supervision.begin()
 
@@ -184,10 +196,13 @@ class KeptMount:
         """Go on with a device that a node service has kept, and with the worker that it runs (`pidfd`, else -1). Takes
         both descriptors over. Returns False when nobody is at the other end of that device any more.
         """
-        if not is_device_of(descriptor, self.record.identity) or not kernel.is_connected(descriptor):
+        if not salvage.is_device_of(descriptor, self.record.identity) or not kernel.is_connected(descriptor):
             _close(descriptor, pidfd)
             return False
         plan, record = self.record.plan, self.record
+        if pidfd >= 0 and not (record.served or record.init_answered):
+            self._discard(descriptor, pidfd)
+            return False
         init = bytes.fromhex(record.init)
         device = Device(self.place, descriptor, init, record.identity, can_resend=can_resend(plan))
         try:
@@ -200,11 +215,24 @@ class KeptMount:
         supervision.state["restarts"] = record.restarts
         if pidfd >= 0:
             supervision.take_over(lambda event, end: self._inherit(event, end, runner, remote_pid, pidfd))
+            if not record.served:  # the last keeper died before it was told
+                self.succeed()
         else:
             supervision.begin()
         if record.leaving:
             supervision.departure.notice()
         return True
+
+    def _discard(self, descriptor: int, pidfd: int) -> None:
+        """The last keeper died in the middle of the start: nobody was promised anything, and whether the kernel's first
+        message is answered is not known. Whoever wants it asks again. Raises PathRefused, OSError.
+        """
+        try:
+            with contextlib.suppress(OSError):  # dead, or the node service's to end, which is told to drop the mount
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            self._house.ground.detach(self.place)
+        finally:
+            _close(descriptor, pidfd)
 
     def _inherit(self, on_event: OnEvent, on_exit: OnExit, runner: Runner | None, pid: int, pidfd: int) -> RemoteWorker:
         worker = self._worker(Launch((), None, self.record.plan, -1), on_event, on_exit)
@@ -254,13 +282,30 @@ class KeptMount:
 
     def bind(self, target: str, *, read_only: bool) -> None:
         """Bind it somewhere. Raises PathRefused, Occupied, OSError."""
+        former = dict(self.record.targets)
         self.record.targets[target] = read_only
-        self.save()
+        try:
+            self._house.records.save(self.record)
+        except OSError:
+            self.record.targets = former
+            raise
         try:
             self._house.ground.bind(self.place, target, read_only=read_only)
         except (PathRefused, Occupied, OSError):
             self.forget_target(target)
             raise
+
+    def stand(self) -> bool:
+        """Whether it is at its place. If somebody has taken it from there, it is put back from one of its binds; False:
+        there is none, and only open files are left of it. Raises PathRefused, Occupied, OSError.
+        """
+        if self.is_there(self.place):
+            return True
+        bound = self.bound()
+        if bound:
+            self._house.ground.bind(bound[0], self.place, read_only=self.read_only)
+            self._house.journal.warning(f"{self.record.key} was taken from its place, and is put back there")
+        return bool(bound)
 
     def forget_target(self, target: str) -> None:
         """It is not bound there any more."""
@@ -340,20 +385,6 @@ class KeptMount:
             self._house.ground.remove_directory(self.place)
         self._owner.mount_gone(self)
         self._tell("unavailable", f"{self.record.key} was unmounted while it was being mounted")
-
-
-def is_device_of(descriptor: int, identity: str) -> bool:
-    """Whether a descriptor is /dev/fuse, and of this connection as far as the kernel says so."""
-    try:
-        status, device = os.fstat(descriptor), os.stat(kernel.DEVICE)
-        if not stat.S_ISCHR(status.st_mode) or status.st_rdev != device.st_rdev:
-            return False
-        with open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as file:
-            words = dict(line.split(":", 1) for line in file.read().splitlines() if ":" in line)
-    except OSError:
-        return False
-    connection = words.get("fuse_connection", "").strip()
-    return not connection or connection == identity.partition(":")[2]
 
 
 def _close(*descriptors: int) -> None:

@@ -146,7 +146,7 @@ class Channel:
             del self._received[: _HEAD.size + size]
             try:
                 message = json.loads(body)
-            except ValueError:
+            except (ValueError, RecursionError):
                 message = None
             if not isinstance(message, dict) or len(self._arrived) < count:
                 self._end()

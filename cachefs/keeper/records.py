@@ -85,16 +85,21 @@ class Records:
     def load(self) -> tuple[list[Record], list[str]]:
         """Return all records, oldest first, and the files that make no sense."""
         found, wrong = [], []
+        for left in Path(self.directory).glob("*.tmp"):  # of a keeper that was killed, or had no room
+            left.unlink(missing_ok=True)
         for path in sorted(Path(self.directory).glob("*.json")):
             try:
                 found.append(_parse(json.loads(path.read_bytes())))
-            except (OSError, ValueError, TypeError, KeyError):
+            except (OSError, ValueError, TypeError, KeyError, AttributeError):
                 wrong.append(str(path))
         return sorted(found, key=lambda record: record.started_at), wrong
 
     def save(self, record: Record) -> None:
-        """Write one. Raises OSError: the file is as it was."""
-        write_state(self._path(record), {"format": _FORMAT, **dataclasses.asdict(record)})
+        """Write one. Raises OSError, with a text for a person: the file is as it was."""
+        try:
+            write_state(self._path(record), {"format": _FORMAT, **dataclasses.asdict(record)})
+        except OSError as error:
+            raise OSError(error.errno, f"the keeper cannot write down what it mounts: {error.strerror}") from error
 
     def remove(self, record: Record) -> None:
         """Remove one. It may be gone already."""

@@ -147,6 +147,8 @@ class Repair:
     def _revive_if_dead(self, kept: KeptMount, answer: Answer) -> None:
         if answer is not Answer.DEAD or kept.supervision is not None:
             return  # somebody has its device: a node service that will give it back
+        if kept not in self._inventory.mounts:
+            return  # it has ended while it was asked, and its place may be that of another by now
         if kept.record.leaving:
             for target in kept.bound():
                 self._detach_path(target)

@@ -116,7 +116,7 @@ class Runner:
         left = list(descriptors)
         try:
             self._take(message, left)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             self._log.error(f"node service {self.pid} sent what cannot be used ({error!r}): hanging up")
             self.channel.close()
             self.gone()

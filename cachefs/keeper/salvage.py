@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import stat
 
-from cachefs.mount import registry
+from cachefs.mount import kernel, registry
 
 _SYS_PIDFD_GETFD = 438
 """The same number on all architectures."""
@@ -32,6 +33,20 @@ def device_of(worker_pid: int) -> tuple[int, int] | None:
         os.close(pidfd)
         return None
     return device, pidfd
+
+
+def is_device_of(descriptor: int, identity: str) -> bool:
+    """Whether a descriptor is /dev/fuse, and of this connection as far as the kernel says so."""
+    try:
+        status, device = os.fstat(descriptor), os.stat(kernel.DEVICE)
+        if not stat.S_ISCHR(status.st_mode) or status.st_rdev != device.st_rdev:
+            return False
+        with open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as file:
+            words = dict(line.split(":", 1) for line in file.read().splitlines() if ":" in line)
+    except OSError:
+        return False
+    connection = words.get("fuse_connection", "").strip()
+    return not connection or connection == identity.partition(":")[2]
 
 
 def _device_number(words: list[bytes]) -> int | None:

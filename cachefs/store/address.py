@@ -16,6 +16,7 @@ from cachefs.errors import ConfigError
 
 # Names that work as one DNS label, so that the certificate *.s3.<region>.amazonaws.com covers them.
 _HOST_LABEL = re.compile(r"[a-z0-9][a-z0-9-]{1,61}[a-z0-9]")
+_REGION = re.compile(r"[A-Za-z0-9_-]*")
 _UNRESERVED = "-_.~"
 
 
@@ -33,6 +34,7 @@ class Address:
     def parse(cls, bucket: str, region: str, endpoint_url: str, addressing: Addressing) -> Self:
         """Check the endpoint and decide how the bucket's name enters the URL. Raises ConfigError."""
         endpoint_url = endpoint_url.rstrip("/")
+        _check_region(region, endpoint_url)
         if endpoint_url:
             parts = urllib.parse.urlsplit(endpoint_url)
             if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
@@ -51,7 +53,8 @@ class Address:
         return cls(bucket, region, endpoint_url, virtual)
 
     def in_region(self, region: str) -> Self:
-        """Return the same bucket in another region."""
+        """Return the same bucket in another region. Raises ConfigError."""
+        _check_region(region, self.endpoint_url)
         return replace(self, region=region)
 
     @property
@@ -90,6 +93,14 @@ class Address:
     @property
     def _suffix(self) -> str:
         return ".cn" if self.region.startswith("cn-") else ""
+
+
+def _check_region(region: str, endpoint_url: str) -> None:
+    """At AWS it is a part of the host name, and of no identity: with a slash in it, another server would pass for AWS.
+    What other servers call their regions has dots, too.
+    """
+    if not _REGION.fullmatch(region.replace(".", "") if endpoint_url else region):
+        raise ConfigError(f"region {region!r} is not the name of a region: letters, digits and hyphens")
 
 
 def quote(text: str, *, safe: str = "") -> str:

@@ -86,3 +86,15 @@ def test_links_between_documents_lead_somewhere() -> None:
     for document in [*REPOSITORY.glob("*.md"), *DOCS.rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_tests_that_promises_name_exist() -> None:
+    text = (DOCS / "SEMANTICS.md").read_text(encoding="utf-8")
+    part = text.split("\n## Kubernetes\n")[1].split("\n## ")[0]
+    promises = re.split(r"^\* (?=\*\*K\d+\*\*)", part, flags=re.MULTILINE)[1:]
+    assert [promise.split("**")[1] for promise in promises] == [f"K{number + 1}" for number in range(len(promises))]
+    for promise in promises:
+        named = re.findall(r"`(\w+/test_\w+\.py)::(test_\w+)`", promise)
+        assert named, f"nothing tests {promise[:60]}"
+        for file, name in named:
+            assert f"def {name}(" in (REPOSITORY / "tests" / file).read_text(encoding="utf-8"), f"{file}::{name}"

@@ -102,6 +102,7 @@ def assert_secret_is_nowhere(rig: Checked) -> None:
                 assert secret.encode() not in Path(f"/proc/{pid}/{name}").read_bytes()
 
 
+@pytest.mark.slow
 def test_one_node_lists_and_the_others_take_it_from_there(s3_server: S3Server, bucket: Bucket) -> None:
     names = {f"many/{number:04}" for number in range(2500)}
     bucket.fill(dict.fromkeys(names, b"x"))

@@ -249,6 +249,7 @@ def test_a_node_that_does_not_mount_it_is_not_asked_and_no_peer_no_nodes(s3_serv
         assert "no peers" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_directory_read_by_one_is_fetched_by_its_owners(s3_server: S3Server, bucket: Bucket) -> None:
     wanted = {f"d/{number:04}": content(str(number), 30_000) for number in range(400)}
     bucket.fill(wanted)

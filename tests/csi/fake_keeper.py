@@ -33,6 +33,8 @@ class FakeKeeper:
         self.calls: Counter[str] = Counter()
         self.raw = b""
         """Everything that was ever received."""
+        self.lost: set[tuple[str, str]] = set()
+        """Targets, each with its mount's key, that somebody has unmounted: noticed by a repair."""
         self.has_runner = True
         self.failures: dict[str, tuple[str, str]] = {}
         """By command: kind and text."""
@@ -148,7 +150,12 @@ class FakeKeeper:
         return {"ok": True, "version": "0", "runner": runner, "mounts": list(self.mounts.values())}
 
     def _reconcile(self, request: dict[str, Any]) -> dict[str, Any]:
-        return {"ok": True, "repaired": [], "dropped": [], "detached": []}
+        for key, path in self.lost:
+            mount = self.mounts[key]
+            mount["targets"] = [target for target in mount["targets"] if target["path"] != path]
+        dropped = [path for _, path in self.lost]
+        self.lost.clear()
+        return {"ok": True, "repaired": [], "dropped": dropped, "detached": []}
 
 
 class _Server(socketserver.ThreadingUnixStreamServer):

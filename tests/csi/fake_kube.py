@@ -21,6 +21,8 @@ class FakeApi:
     def __init__(self, directory: Path) -> None:
         self.calls: list[tuple[str, str, str, dict[str, str], Any]] = []
         self.labels: dict[str, str] = {"zone": "a"}
+        self.events: dict[str, dict[str, Any]] = {}
+        """By name, as they are now."""
         self.status = 0
         self.delay_s = 0.0
         self.drip_s = 0.0
@@ -87,6 +89,14 @@ class FakeApi:
         status = self.status or 200
         if not self.status and request.command == "GET":
             found = {"metadata": {"name": "node-a", "labels": self.labels}}
+        elif not self.status and request.command == "PATCH" and "/events/" in request.path:
+            if request.path.rpartition("/")[2] not in self.events:
+                status, found = 404, {"kind": "Status", "message": "events not found"}
+            else:
+                self.events[request.path.rpartition("/")[2]].update(body)
+        elif not self.status and request.command == "POST":
+            self.events[body["metadata"]["name"]] = body
+            found = body
         elif not self.status and request.command == "PATCH":
             for key, value in body["metadata"]["labels"].items():
                 self.labels.pop(key, None)

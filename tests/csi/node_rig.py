@@ -19,6 +19,7 @@ import grpc
 from cachefs.keeper.client import KeeperClient
 from csi.node import NodeService
 from csi.node_mounts import NodeSettings
+from csi.pod_events import PodEvents
 from csi.server import Server
 from csi.v1 import csi_pb2, csi_pb2_grpc
 
@@ -37,9 +38,11 @@ def capability(mode: str = "MULTI_NODE_READER_ONLY", *, group: str = "", flags: 
 class Plugin:
     """The plugin in this process, behind a real socket. Context manager."""
 
-    def __init__(self, settings: NodeSettings, keeper_socket: str, endpoint: Path) -> None:
+    def __init__(
+        self, settings: NodeSettings, keeper_socket: str, endpoint: Path, events: PodEvents | None = None
+    ) -> None:
         self.settings = settings
-        self.service = NodeService(settings, KeeperClient(keeper_socket))
+        self.service = NodeService(settings, KeeperClient(keeper_socket), events)
         self._server = Server(str(endpoint), [self.service])
         self._endpoint = endpoint
 

@@ -129,6 +129,20 @@ def put(server: S3Server, bucket: str, *keys: str) -> None:
         server.client().put_object(Bucket=bucket, Key=key, Body=b"x")
 
 
+def when_deleted(driver: Client, volume_id: str) -> None:
+    """Ask for a deletion as the provisioner does, until it is done."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            driver.delete(volume_id)
+            return
+        except grpc.RpcError as error:
+            if Code(error.code()) is not Code.ABORTED:
+                raise
+            time.sleep(0.05)
+    raise AssertionError("it never was deleted")
+
+
 @contextlib.contextmanager
 def served(path: Path, services: Sequence[Service]) -> Iterator[Client]:
     """Services at a socket, in this process."""

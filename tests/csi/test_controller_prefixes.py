@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,7 +19,7 @@ from csi.records import VOLUMES, FileRecords
 from csi.status import Code
 from csi.v1 import csi_pb2
 from csi.volumes import volume_id_of
-from tests.csi.rig import Client, create_request, keys_of, own, put, served
+from tests.csi.rig import Client, create_request, keys_of, own, put, served, when_deleted
 
 
 def test_a_claim_gets_a_prefix_of_its_own_which_goes_with_it(
@@ -68,6 +69,34 @@ def test_a_claim_that_is_made_anew_after_retain_keeps_its_objects(
     assert "ns/c/model" in keys_of(s3_server, s3_bucket)
     driver.delete(again.volume_id)
     assert "ns/c/model" in keys_of(s3_server, s3_bucket), "it had objects when the second claim came"
+
+
+def test_a_claim_that_is_made_anew_waits_until_the_former_is_deleted(
+    hasty: Client, s3_server: S3Server, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It never gets what a deletion has not come to yet."""
+    go_on, delete = threading.Event(), BucketAdmin.delete
+
+    def slow(self: BucketAdmin, keys: Iterable[str]) -> int:
+        assert go_on.wait(20)
+        return delete(self, keys)
+
+    former = hasty.create("pv-1", **own(s3_bucket, "ns", "c")).volume
+    put(s3_server, s3_bucket, "ns/c/model")
+    monkeypatch.setattr(BucketAdmin, "delete", slow)
+    deletion = csi_pb2.DeleteVolumeRequest(volume_id=former.volume_id)
+    assert hasty.refused(hasty.controller.DeleteVolume, deletion)[0] is Code.ABORTED
+    request = create_request("pv-2", **own(s3_bucket, "ns", "c"))
+    code, text = hasty.refused(hasty.controller.CreateVolume, request)
+    assert code is Code.ABORTED
+    assert "ns/c" in text
+    assert former.volume_id in text
+    go_on.set()
+    when_deleted(hasty, former.volume_id)
+    volume = hasty.controller.CreateVolume(request).volume
+    assert keys_of(s3_server, s3_bucket) == ["ns/c/"]
+    when_deleted(hasty, volume.volume_id)
+    assert keys_of(s3_server, s3_bucket) == []
 
 
 def test_without_the_names_of_the_claim_there_is_no_prefix(driver: Client, s3_bucket: str) -> None:

@@ -16,7 +16,7 @@ from csi import snapshots
 from csi.parameters import MANIFEST_KEY
 from csi.status import Code
 from csi.v1 import csi_pb2
-from tests.csi.rig import Client, create_request, from_snapshot, from_volume, keys_of, own, put
+from tests.csi.rig import Client, create_request, from_snapshot, from_volume, keys_of, own, put, when_deleted
 
 OBJECTS = ("data/a", "data/deep/b", "data/z")
 
@@ -202,6 +202,57 @@ def test_a_big_copy_says_how_far_it_is(
     volume = _when_ready(driver, request)
     assert "ns/copy/deep/b" in keys_of(s3_server, s3_bucket)
     driver.delete(volume.volume_id)
+
+
+def test_an_unfinished_copy_goes_with_its_source(
+    hasty: Client, s3_server: S3Server, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When both claims are gone the provisioner forgets the copy: nobody else would ever take it away."""
+    copied, copy = threading.Event(), BucketAdmin.copy
+
+    def stuck(self: BucketAdmin, *arguments: Any, **more: Any) -> str:
+        if copied.is_set():
+            raise StorageUnavailable("it takes long")
+        copied.set()
+        return copy(self, *arguments, **more)
+
+    monkeypatch.setattr(BucketAdmin, "copy", stuck)
+    source = hasty.create("source", **own(s3_bucket, "ns", "source")).volume
+    put(s3_server, s3_bucket, "elsewhere", *(f"ns/source/{name}" for name in "abc"))
+    ready = hasty.create("ready", bucket=s3_bucket, prefix="elsewhere").volume
+    request = create_request(
+        "copy", **own(s3_bucket, "ns", "copy"), volume_content_source=from_volume(source.volume_id)
+    )
+    assert hasty.refused(hasty.controller.CreateVolume, request)[0] in (Code.ABORTED, Code.UNAVAILABLE)
+    assert copied.wait(10)
+    assert len(hasty.volumes()) == 3
+    when_deleted(hasty, source.volume_id)
+    assert hasty.volumes() == [ready.volume_id]
+    assert keys_of(s3_server, s3_bucket) == ["elsewhere"]
+    assert hasty.refused(hasty.controller.CreateVolume, request)[0] is Code.NOT_FOUND
+
+
+def test_an_unfinished_copy_leaves_no_listing_when_its_prefix_is_anothers(
+    hasty: Client, s3_server: S3Server, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A claim was deleted while it was copied, and made again before the copy had written anything."""
+    begun = threading.Semaphore(0)
+
+    def stuck(self: BucketAdmin, *arguments: Any, **more: Any) -> str:
+        begun.release()
+        raise StorageUnavailable("it takes long")
+
+    monkeypatch.setattr(BucketAdmin, "copy", stuck)
+    put(s3_server, s3_bucket, "data/a")
+    dataset = hasty.create("dataset", bucket=s3_bucket, prefix="data").volume
+    more = {**own(s3_bucket, "ns", "copy"), "volume_content_source": from_volume(dataset.volume_id)}
+    for name in ("one", "two"):
+        hasty.refused(hasty.controller.CreateVolume, create_request(name, **more))
+        assert begun.acquire(timeout=10)
+    assert len(hasty.volumes()) == 3
+    when_deleted(hasty, dataset.volume_id)
+    assert hasty.volumes() == []
+    assert keys_of(s3_server, s3_bucket) == ["data/a"]
 
 
 def _when_ready(driver: Client, request: Any) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import trustme
 
-from csi.kube import WARNING, KubeClient, KubeError, PodReference
+from csi.kube import WARNING, KubeClient, KubeError, PodReference, event_name
 from tests.csi.fake_kube import FakeApi
 
 POD = PodReference("team", "train-0", "uid-1")
@@ -50,6 +50,26 @@ def test_events_are_events_for_kubernetes(api: FakeApi, tmp_path: Path) -> None:
     validate(event, "1.31", strict=True)
     assert len(event["metadata"]["name"]) <= 253
     assert len(event["message"]) == 1024
+
+
+def test_an_event_goes_on(api: FakeApi) -> None:
+    client, name = api.client(), event_name(PodReference("team", "x" * 199 + "-1"))
+    assert "-." not in name
+    assert client.emit_event(POD, "WarmingUp", "10 of 20 files", name=name)
+    assert client.follow_event(POD, name, "m" * 5000, 2)
+    verb, path, _, kind, body = api.calls[1]
+    assert (verb, path) == ("PATCH", f"/api/v1/namespaces/team/events/{name}")
+    assert kind["type"] == "application/merge-patch+json"
+    assert set(body) == {"message", "count", "lastTimestamp"}
+    assert (api.events[name]["count"], len(api.events[name]["message"])) == (2, 1024)
+    assert client.follow_event(POD, "train-0.gone", "nobody is warned", 3) is False
+
+
+@pytest.mark.expect_warnings("is no name of an object")
+def test_an_event_leads_nowhere_else(api: FakeApi) -> None:
+    assert not api.client().follow_event(PodReference("../nodes", "x"), "name", "text", 2)
+    assert not api.client().follow_event(POD, "../../pods/x", "text", 2)
+    assert api.calls == []
 
 
 def test_labels_are_merged(api: FakeApi) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -127,6 +128,18 @@ def test_files_are_for_us_only_and_leftovers_are_no_records(tmp_path: Path) -> N
     (tmp_path / "state" / KIND / ".x.new").write_text("{")
     (tmp_path / "state" / KIND / "b.json.tmp").write_text("{")
     assert [found for found, _ in records.page(KIND)] == ["a"]
+
+
+def test_what_a_killed_controller_left_half_written_goes_after_a_while(tmp_path: Path) -> None:
+    FileRecords(tmp_path).put(KIND, "a", {"x": 1})
+    old, new = [tmp_path / KIND / name for name in (".abc.new", "b.json.tmp")], tmp_path / KIND / ".def.new"
+    for path in [*old, new]:
+        path.write_text("{", encoding="utf-8")
+    for path in [*old, tmp_path / KIND / "a.json"]:
+        os.utime(path, (0, 0))
+    records = FileRecords(tmp_path)
+    assert sorted(path.name for path in (tmp_path / KIND).iterdir()) == [".def.new", "a.json"]
+    assert records.page(KIND) == [("a", {"x": 1})]
 
 
 def test_a_directory_that_is_gone_is_unavailable(tmp_path: Path) -> None:

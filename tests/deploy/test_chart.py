@@ -112,9 +112,9 @@ def test_numbers_of_versions_agree() -> None:
 
 def test_memory_of_the_node_follows_the_tiers() -> None:
     node = container(rendered("default"), "DaemonSet", "-node", "node")["resources"]
-    assert node == {"requests": {"cpu": "200m", "memory": "2368Mi"}, "limits": {"memory": "3328Mi"}}
+    assert node == {"requests": {"cpu": "200m", "memory": "2368Mi"}, "limits": {"memory": "5376Mi"}}
     node = container(tuple(render({"cache": {"shmSize": "0", "memoryLimit": "1GiB"}})), "DaemonSet", "-node", "node")
-    assert node["resources"]["limits"]["memory"] == "2048Mi"
+    assert node["resources"]["limits"]["memory"] == "4096Mi"
     node = container(rendered("everything"), "DaemonSet", "-node", "node")["resources"]
     assert node["limits"] == {"cpu": "8", "memory": "80Gi"}
     assert node["requests"] == {"cpu": "2", "memory": f"{64 * 1024 + 1024 + 64}Mi"}
@@ -210,6 +210,13 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "runtime directory too long": ({"runtimeDir": "/" + "x" * 60}, "/runtimeDir"),
     "instance in capitals": ({"instance": "B"}, "/instance"),
     "latest": ({"image": {"tag": "latest"}}, "/image/tag"),
+    "monitor of nothing": ({"metrics": {"podMonitor": {"enabled": True}}}, "metrics.podMonitor: nothing is served"),
+    "alerts of nothing": ({"metrics": {"enabled": True, "rules": {"enabled": True}}}, "metrics.rules: the alerts"),
+    "low port for metrics": ({"metrics": {"enabled": True, "port": 80}}, "/metrics/port"),
+    "one port twice": ({"metrics": {"enabled": True}, "node": {"peerPort": 9815}}, "metrics.port: is that"),
+    "two pods at one port": (
+        {"metrics": {"enabled": True}, "node": {"hostNetwork": True}}, "cannot have metrics.port on one node"
+    ),
     "digest": ({"image": {"digest": "sha256:12"}}, "/image/digest"),
     "mode of etcd": ({"etcd": {"mode": "internal"}}, "/etcd/mode"),
     "two members": ({"etcd": {"bundled": {"replicas": 2}}}, "/etcd/bundled/replicas"),
@@ -227,6 +234,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "neither": ({"node": {"updateStrategy": {"maxSurge": 0, "maxUnavailable": 0}}}, "updateStrategy"),
     "two pods, one port": ({"node": {"hostNetwork": True, "peerPort": 7070}}, "peerPort"),
     "snapshots without sidecar": ({"snapshotClasses": [{"name": "a"}]}, "controller.snapshotter"),
+    "capacity of nowhere": ({"controller": {"storageCapacity": True}}, "csi.topology"),
     "labels without a cluster": (
         {"node": {"labelNodes": True}, "etcd": {"mode": "none"}, "controller": {"enabled": False}},
         "node.labelNodes",

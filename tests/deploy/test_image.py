@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterator
@@ -272,18 +273,28 @@ def until(condition: Callable[[], bool], node: NodeOfImage, seconds: float = 40.
         time.sleep(0.1)
 
 
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory with a short name: sockets are in it."""
+    with tempfile.TemporaryDirectory(prefix="cachefs-image-") as name:
+        path = Path(name).resolve()
+        path.chmod(0o755)
+        yield path
+
+
 @needs_root
 @pytest.mark.fuse
-def test_the_pods_of_a_node_find_each_other(image: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_pods_of_a_node_find_each_other(image: Path, place: Path) -> None:
     """Ready, by the very programs of the probes, and as the users of the chart."""
-    with NodeOfImage(image, tmp_path) as node:
+    with NodeOfImage(image, place) as node:
         shared = ["--driver-name=x.csi", f"--node-uid={NODE_UID}"]
-        node.start("keeper", f"--runtime-dir={tmp_path}/run", f"--root={tmp_path}/kubelet", *shared, user=0)
+        node.start("keeper", f"--runtime-dir={place}/run", f"--root={place}/kubelet", *shared, user=0)
         until(node.keeper.is_socket, node)
-        cache = [f"--cache-dir={tmp_path}/cache", f"--runtime-dir={tmp_path}/run/node", "--shm-size=32MiB"]
+        cache = [f"--cache-dir={place}/cache", f"--runtime-dir={place}/run/node", "--shm-size=32MiB"]
         node.start("node", f"--keeper={node.keeper}", *cache, "--cache-size=64MiB", user=NODE_UID)
         until(lambda: KeeperClient(str(node.keeper), 5).status().runner is not None, node)
-        more = [f"--credentials-dir={tmp_path}/run/credentials", f"--kubelet-dir={tmp_path}/kubelet", "--node-id=n1"]
+        more = [f"--credentials-dir={place}/run/credentials", f"--kubelet-dir={place}/kubelet", "--node-id=n1"]
         node.start(
             "csi", "--mode=node", f"--endpoint=unix://{node.csi}", f"--keeper={node.keeper}", *shared, *more, *cache,
             "--cache-size=64MiB", user=0,
@@ -294,5 +305,5 @@ def test_the_pods_of_a_node_find_each_other(image: Path, tmp_path: Path) -> None
             until(lambda: identity.Probe(csi_pb2.ProbeRequest(), timeout=10, wait_for_ready=True).ready.value, node)
             told = identity.GetPluginInfo(csi_pb2.GetPluginInfoRequest(), timeout=10)
             assert (told.name, told.vendor_version) == ("x.csi", cachefs.__version__)
-        assert {path.stat().st_uid for path in (tmp_path / "run/node").iterdir()} == {NODE_UID}
-    shutil.rmtree(f"/dev/shm/cachefs-{NODE_UID}-{agent_id(f'{tmp_path}/cache')}", ignore_errors=True)
+        assert {path.stat().st_uid for path in (place / "run/node").iterdir()} == {NODE_UID}
+    shutil.rmtree(f"/dev/shm/cachefs-{NODE_UID}-{agent_id(f'{place}/cache')}", ignore_errors=True)

@@ -136,7 +136,8 @@ def documented(call: str) -> Rights:
 
 
 def test_the_plugin_and_the_node_service() -> None:
-    assert of("everything", "cachefs-csi") == {}, "what it says is in its answers, which kubelet makes events of"
+    assert of("everything", "cachefs-csi") == union(documented("emit_event"), documented("follow_event"))
+    assert of("minimal", "cachefs-csi") == {}, "csi.events is off"
     assert of("everything", "cachefs-node") == union(documented("label_node"), documented("get_node"))
     assert of("default", "cachefs-node") == {}
 

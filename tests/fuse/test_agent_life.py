@@ -57,6 +57,7 @@ def test_the_newest_mount_gives_the_keys_whoever_comes_back_first(make_node: Cal
 # -- one agent for one cache directory ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_m9_two_runtime_directories_over_one_cache_directory(node: Node, bucket: Bucket, proxy: FaultProxy) -> None:
     mount = mount_objects(node, bucket, proxy)
     other, place = node.base / "other", node.base / "second"

@@ -285,6 +285,7 @@ def test_the_cache_disk_fills_up_from_outside(narrow_disk_node: Node, bucket: Bu
     wait_until(lambda: tier_state(narrow_disk_node, "disk") == "on", 20, "the disk tier comes back by itself")
 
 
+@pytest.mark.slow
 def test_a_full_cache_disk_from_the_start(narrow_disk_node: Node, bucket: Bucket, proxy: FaultProxy) -> None:
     bucket.fill(OBJECTS)
     narrow_disk_node.cache_dir.mkdir()

@@ -208,6 +208,7 @@ def narrow_disk_node(make_node: Callable[..., Node], needs_root: None, tmp_path:
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.slow
 def test_m7_names_and_open_files_survive_a_move_to_the_tmpfs_and_back(
     narrow_disk_node: Node, bucket: Bucket, proxy: FaultProxy
 ) -> None:

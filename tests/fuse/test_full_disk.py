@@ -158,6 +158,7 @@ def test_after_a_power_loss_the_old_blocks_are_deleted(
     assert len([line for line in node.full_log().splitlines() if "deleted it and began anew" in line]) == 1
 
 
+@pytest.mark.slow
 def test_another_block_size_keeps_the_cache(node: Node, bucket: Bucket, proxy: FaultProxy) -> None:
     objects = {f"{number}": content(f"{number}", 3 * MIB + 5) for number in range(4)}
     bucket.fill(objects)

@@ -46,6 +46,7 @@ def test_m11_a_worker_that_hangs_is_replaced(node: Node, bucket: Bucket, proxy: 
         assert output(python(READ, mount.path / "last"), 30) == OBJECTS["last"]
 
 
+@pytest.mark.slow
 def test_m11_without_channel_a_worker_that_hangs_is_replaced_too(node: Node, bucket: Bucket, proxy: FaultProxy) -> None:
     mount = mount_objects(node, bucket, proxy, "--engine=pyfuse3")
     with stopped(mount.worker_pid):
@@ -165,6 +166,7 @@ def test_m11_an_agent_that_hangs_while_a_worker_attaches_is_replaced(
     node._was_killed = True
 
 
+@pytest.mark.slow
 def test_a_new_mount_says_how_to_get_rid_of_an_agent_that_hangs(node: Node, bucket: Bucket, proxy: FaultProxy) -> None:
     mount = mount_objects(node, bucket, proxy)
     agent, place = node.agent_pid, node.base / "second"

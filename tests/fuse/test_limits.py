@@ -82,6 +82,7 @@ def test_q1_a_volume_keeps_to_its_quotas(make_node: Callable[..., Node], s3_serv
         mount_of_other.umount()
 
 
+@pytest.mark.slow
 def test_q1_holdings_outlive_the_agent(make_node: Callable[..., Node], s3_server: S3Server, filled: Bucket) -> None:
     node = make_node(idle_timeout="30s")
     mount = mount_it(node, filled, s3_server.endpoint_url, *QUOTAS)
@@ -109,6 +110,7 @@ def _comes_back(mount: Mount) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_q2_the_newest_mount_decides(make_node: Callable[..., Node], s3_server: S3Server, filled: Bucket) -> None:
     node = make_node(idle_timeout="30s")
     mount = mount_it(node, filled, s3_server.endpoint_url)
@@ -171,6 +173,7 @@ def test_limits_that_cannot_work_are_refused(node: Node, s3_server: S3Server, fi
     assert option.partition("=")[0] in done.stderr
 
 
+@pytest.mark.slow
 def test_q1_kill_9_of_the_agent_while_the_quota_is_full(
     make_node: Callable[..., Node], s3_server: S3Server, filled: Bucket
 ) -> None:

@@ -39,6 +39,7 @@ def read_for(mount: Mount, seconds: float) -> None:
         read_all(mount)
 
 
+@pytest.mark.slow
 def test_auto_holds_it_while_somebody_reads(node: Node, bucket: Bucket, proxy: FaultProxy) -> None:
     mount = mount_objects(node, bucket, proxy, "--low-latency=auto")
     wait_until(lambda: not holds(mount), 5, "nobody reads yet")

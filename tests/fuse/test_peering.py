@@ -114,9 +114,10 @@ def test_two_nodes_fetch_every_byte_once(make_node: Callable[..., Node], bucket:
 
 @pytest.mark.parametrize(
     "second",
-    [{"shm_size": "0"}, pytest.param({"cache_size": "0"}, marks=pytest.mark.slow)],
+    [{"shm_size": "0"}, {"cache_size": "0"}],
     ids=["no shm tier", "no disk tier"],
 )
+@pytest.mark.slow
 def test_a_node_that_lacks_a_tier_gives_and_takes(
     make_node: Callable[..., Node], bucket: Bucket, options: list[str], second: dict[str, str]
 ) -> None:
@@ -128,6 +129,7 @@ def test_a_node_that_lacks_a_tier_gives_and_takes(
     assert counter(one.node, "peer_failures") == counter(two.node, "peer_failures") == 0
 
 
+@pytest.mark.slow
 def test_nodes_with_other_blocks_do_without_each_other(
     make_node: Callable[..., Node], bucket: Bucket, options: list[str]
 ) -> None:
@@ -186,6 +188,7 @@ def test_listings_that_are_kept_for_ever_are_shared_and_never_older_than_the_mou
     assert [sorted(os.listdir(later.path / name)) for name in directories] == [["new", "old"]] * 8
 
 
+@pytest.mark.slow
 def test_a_name_that_appears_is_seen_within_its_time(
     make_node: Callable[..., Node], bucket: Bucket, options: list[str]
 ) -> None:
@@ -321,6 +324,7 @@ def _endpoint(bucket: Bucket) -> str:
     return bucket.server.endpoint_url
 
 
+@pytest.mark.slow
 def test_a_node_that_is_stopped_costs_moments(
     make_node: Callable[..., Node], bucket: Bucket, options: list[str]
 ) -> None:

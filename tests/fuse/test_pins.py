@@ -48,6 +48,7 @@ def test_evicted_files_are_fetched_again(mount: Mount, proxy: FaultProxy) -> Non
     assert proxy.count("get") == fetched + 1
 
 
+@pytest.mark.slow
 def test_what_is_evicted_does_not_come_back_from_the_queue_for_the_disk(mount: Mount) -> None:
     assert run(mount.node, "warmup", str(mount.path / "a")).returncode == 0
     assert run(mount.node, "evict", str(mount.path / "a")).returncode == 0

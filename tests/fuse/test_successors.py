@@ -169,6 +169,7 @@ def test_the_settings_of_a_dead_agent_do_not_outlive_its_mounts(
     read_all(mount)
 
 
+@pytest.mark.slow
 def test_settings_that_cannot_be_read_are_no_reason_not_to_start(
     make_node: Callable[..., Node], bucket: Bucket, proxy: FaultProxy
 ) -> None:
@@ -184,6 +185,7 @@ def test_settings_that_cannot_be_read_are_no_reason_not_to_start(
     assert not [line for line in node.full_log().splitlines() if line.startswith("Traceback")]
 
 
+@pytest.mark.slow
 def test_metadata_that_nobody_uses_is_removed(node: Node, bucket: Bucket, proxy: FaultProxy) -> None:
     bucket.fill(OBJECTS)
     endpoint = f"--endpoint-url={proxy.endpoint_url}"

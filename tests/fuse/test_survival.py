@@ -118,6 +118,7 @@ def test_m1_attributes_and_inodes_are_the_same_afterwards(node: Node, bucket: Bu
         os.close(descriptor)
 
 
+@pytest.mark.slow
 def test_killed_workers_leave_nothing_growing_in_shm(small_node: Node, bucket: Bucket, proxy: FaultProxy) -> None:
     mount = mount_objects(small_node, bucket, proxy)
     with reading(mount.path, OBJECTS):
@@ -132,7 +133,7 @@ def test_killed_workers_leave_nothing_growing_in_shm(small_node: Node, bucket: B
 # -- upgrade ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ["channel", "pyfuse3"])
+@pytest.mark.parametrize("engine", ["channel", pytest.param("pyfuse3", marks=pytest.mark.slow)])
 def test_an_upgrade_under_load_is_not_noticed(node: Node, bucket: Bucket, proxy: FaultProxy, engine: str) -> None:
     mount = mount_objects(node, bucket, proxy, f"--engine={engine}")
     with reading(mount.path, OBJECTS):
@@ -350,6 +351,7 @@ def test_umount_by_the_machine_ends_everything(node: Node, bucket: Bucket, proxy
     assert mount.state() == {}
 
 
+@pytest.mark.slow
 def test_an_idle_mount_costs_nothing(node: Node, bucket: Bucket, proxy: FaultProxy) -> None:
     mount = mount_objects(node, bucket, proxy)
     read_all(mount)

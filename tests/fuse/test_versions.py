@@ -111,6 +111,7 @@ def test_two_upgrades_at_once(node: Node, old: Release, new: Release, mount_of: 
     assert versions(node) == ("2.0", {"first": "2.0", "second": "2.0"})
 
 
+@pytest.mark.slow
 def test_an_agent_that_cannot_start_costs_nobody_anything(
     node: Node, old: Release, tmp_path: Path, mount_of: MountOf
 ) -> None:

@@ -16,7 +16,7 @@ from tests.support.mounts import Bucket, Node
 from tests.support.programs import errno_name
 
 
-@pytest.mark.parametrize("engine", ["channel", "pyfuse3"])
+@pytest.mark.parametrize("engine", ["channel", pytest.param("pyfuse3", marks=pytest.mark.slow)])
 def test_m8_a_new_worker_serves_what_is_cached_until_an_agent_comes(
     node: Node, bucket: Bucket, proxy: FaultProxy, engine: str
 ) -> None:

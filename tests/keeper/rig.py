@@ -99,10 +99,11 @@ class KubeletNode:
 
     # -- processes ----------------------------------------------------------------------------------------------------
 
-    def start_keeper(self) -> subprocess.Popen[bytes]:
-        """Start a keeper, and wait until it listens."""
+    def start_keeper(self, *dying: str) -> subprocess.Popen[bytes]:
+        """Start a keeper, and wait until it listens. `dying`: at which point it is to die (`dying_keeper`)."""
+        module = ["tests.keeper.dying_keeper", *dying] if dying else ["cachefs.keeper"]
         command = [
-            sys.executable, "-m", "cachefs.keeper", f"--runtime-dir={self.run}", f"--root={self.root}",
+            sys.executable, "-m", *module, f"--runtime-dir={self.run}", f"--root={self.root}",
             f"--node-uid={self.node_uid}", "--log-level=debug",
         ]  # fmt: skip
         before = os.stat(self.socket).st_ino if os.path.exists(self.socket) else 0

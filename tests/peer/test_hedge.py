@@ -397,6 +397,7 @@ def test_all_who_wait_for_a_starved_owner_leave_with_the_first(asker: Askers, fa
     rig.wait_until_over()
 
 
+@pytest.mark.slow
 def test_a_store_that_is_slow_for_all_is_asked_once_more_at_the_most(asker: Askers, fake_peer: FakePeers) -> None:
     there = fake_peer(silent)
     rig = Rig(asker(), [there.member])

@@ -150,6 +150,7 @@ async def test_leaving_takes_two_seconds_at_most_when_etcd_does_not_answer(etcd:
 
 
 @pytest.mark.expect_warnings(ALONE)
+@pytest.mark.slow
 async def test_without_etcd_a_node_begins_alone_tries_seldom_and_joins_when_it_comes(
     etcd: EtcdServer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -497,6 +498,7 @@ async def test_bad_records_of_others_are_left_out(
 
 
 @pytest.mark.expect_warnings("another node has the id")
+@pytest.mark.slow
 async def test_of_two_nodes_with_one_id_one_draws_another(
     settings: EtcdSettings, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -236,6 +236,7 @@ def test_one_who_fetches_for_too_long_is_left_alone(asker: Askers, fake_peer: Fa
     assert here.client.health(there.member)["state"] == "open", "others who ask it now would wait as long"
 
 
+@pytest.mark.slow
 def test_who_is_known_to_take_long_is_waited_for(asker: Askers, fake_peer: FakePeers) -> None:
     """A store that is slow for everybody is no reason to ask it twice."""
     here, there = asker(patience_s=0.6, patience_times=4.0), fake_peer(waits(0.5))

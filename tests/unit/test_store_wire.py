@@ -230,8 +230,11 @@ def test_a_server_that_wants_fewer_requests_gets_them(rigs: Callable[..., Rig]) 
     throttling = threading.Event()
 
     def answer(key: str, version: ObjectVersion, body: bytes, count: int) -> bytes | None:
-        if key.endswith("/5"):
+        number = int(key.rpartition("/")[2])
+        if number == 5:
             throttling.set()
+        elif number > 5:
+            throttling.wait(5)
         if throttling.is_set():
             return good(version, b"", "Retry-After: 1\r\n", status="503 Slow Down")
         return good(version, body)

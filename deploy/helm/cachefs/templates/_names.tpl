@@ -114,11 +114,16 @@ app.kubernetes.io/version: {{ .top.Chart.AppVersion | quote }}
 {{- if and (eq $etcd.mode "bundled") (or (not .Values.tls.existing.etcdServer) (not .Values.tls.existing.etcdClient)) }}{{ fail "tls.existing.etcdServer, tls.existing.etcdClient: name the Secrets with the certificates of etcd" }}{{ end -}}
 {{- end -}}
 {{- if and .Values.node.labelNodes (eq $etcd.mode "none") }}{{ fail "node.labelNodes: what a node holds is counted for the cluster only; it needs etcd" }}{{ end -}}
+{{- if and .Values.controller.enabled .Values.controller.storageCapacity (not .Values.csi.topology) }}{{ fail "controller.storageCapacity: needs csi.topology true; csi-provisioner tells the scheduler nothing for nodes without a place, and pods would wait for ever" }}{{ end -}}
 {{- if and .Values.snapshotClasses (not .Values.controller.snapshotter) }}{{ fail "snapshotClasses: needs controller.snapshotter true" }}{{ end -}}
+{{- if and .Values.metrics.podMonitor.enabled (not .Values.metrics.enabled) }}{{ fail "metrics.podMonitor: nothing is served; set metrics.enabled to true" }}{{ end -}}
+{{- if and .Values.metrics.rules.enabled (not .Values.metrics.podMonitor.enabled) }}{{ fail "metrics.rules: the alerts are for what the PodMonitor brings; set metrics.podMonitor.enabled to true" }}{{ end -}}
+{{- if and .Values.metrics.enabled (eq (int .Values.metrics.port) (int .Values.node.peerPort)) }}{{ fail "metrics.port: is that of node.peerPort" }}{{ end -}}
 {{- if and .Values.s3.caFile (not .Values.s3.caConfigMap) }}{{ fail "s3.caFile: needs s3.caConfigMap, where it is a key" }}{{ end -}}
 {{- $surge := .Values.node.updateStrategy.maxSurge | toString | trimSuffix "%" | int -}}
 {{- $away := .Values.node.updateStrategy.maxUnavailable | toString | trimSuffix "%" | int -}}
 {{- if and (gt $surge 0) (gt $away 0) }}{{ fail "node.updateStrategy: one of maxSurge and maxUnavailable has to be 0" }}{{ end -}}
 {{- if and (eq $surge 0) (eq $away 0) }}{{ fail "node.updateStrategy: maxSurge and maxUnavailable cannot both be 0" }}{{ end -}}
 {{- if and (gt $surge 0) .Values.node.peerPort .Values.node.hostNetwork }}{{ fail "node.updateStrategy.maxSurge: two pods cannot have node.peerPort on one node's network; set maxSurge to 0 and maxUnavailable to 1" }}{{ end -}}
+{{- if and (gt $surge 0) .Values.metrics.enabled .Values.node.hostNetwork }}{{ fail "node.updateStrategy.maxSurge: two pods cannot have metrics.port on one node's network; set maxSurge to 0 and maxUnavailable to 1" }}{{ end -}}
 {{- end }}

@@ -7,6 +7,13 @@
   verbs: [get, patch]
 {{- end }}
 
+{{/* cachefs csi --events: events of pods that wait, wherever they are, and their progress. */}}
+{{- define "cachefs.csiRules" -}}
+- apiGroups: [""]
+  resources: [events]
+  verbs: [create, patch]
+{{- end }}
+
 {{/* csi-provisioner, csi-resizer and csi-snapshotter: what their deploy/kubernetes/rbac.yaml list for drivers without
 attachment, group snapshots and classes of volume attributes. */}}
 {{- define "cachefs.controllerRules" -}}

@@ -7,6 +7,7 @@
     a record without any mount                                 is dropped
     a mount below the places of our own, without a record      is detached, with all its binds
     a dead mount of cachefs anywhere else below the root       is detached
+    an empty directory among our places, as a boot leaves it   is removed
 
 A living mount of cachefs that lies elsewhere, and is not in the records, is not ours (a sidecar has made it): it stays.
 Whether a mount is dead is asked by child processes; everything else is read from /proc.
@@ -14,7 +15,9 @@ Whether a mount is dead is asked by child processes; everything else is read fro
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -86,7 +89,14 @@ class Repair:
                 self._detach(mount)
             elif self._ground.root != WHOLE_MACHINE:  # there, others look after their own
                 self._ask(mount.mountpoint, functools.partial(self._detach_if_dead, mount))
+        self._remove_places({kept.record.key for kept in self._inventory.mounts})
         self._close_one()
+
+    def _remove_places(self, used: set[str]) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            for name in os.listdir(self._ground.places):
+                if name not in used:
+                    self._ground.remove_directory(self._ground.place(name))  # one that is mounted on stays
 
     def _is_below(self, mount: Mount) -> bool:
         return mount.mountpoint.startswith(below(self._ground.root))

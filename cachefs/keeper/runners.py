@@ -36,6 +36,8 @@ from cachefs.mount.loop import Loop
 
 STARTING_AT_ONCE = max(4, 2 * (os.cpu_count() or 1))
 """Workers that may be starting at the same time: each takes half a second of a CPU until it is prepared."""
+FAREWELL_S = 0.05
+"""How long what a leaving node service is told last may wait behind what becomes of its workers."""
 STARTING_S = 10.0
 """After which one that is not prepared makes room for the next."""
 
@@ -107,6 +109,11 @@ class Runner:
         """A worker is over."""
         self.workers.discard(worker)
         if self.leaving and not self.workers:
+            self._runners.later((self, "farewell"), self._say_farewell)
+
+    def _say_farewell(self) -> None:
+        """After the end of the worker's mount, if that ends with it: what is to be dropped has to be said before."""
+        if not self.workers:
             self.channel.send({"do": "farewell"})
 
     # -- what it says -------------------------------------------------------------------------------------------------
@@ -229,6 +236,10 @@ class Runners:
         runner = Runner(hello, uid, self, household, self._log)
         runner.channel = open_channel(runner.take, runner.gone)
         self._runners.append(runner)
+
+    def later(self, name: object, callback: Callable[[], object]) -> None:
+        """Call back when everything has happened that is due now."""
+        self._loop.after(name, FAREWELL_S, callback)
 
     def remove(self, runner: Runner) -> None:
         """It has gone."""

@@ -183,6 +183,15 @@ def test_what_a_keeper_leaves_that_is_killed_while_it_writes_is_removed(node: Ku
     assert os.path.ismount(node.state("vol").mountpoint)
 
 
+def test_directories_of_the_last_boot_are_removed(make_node: Callable[..., KubeletNode]) -> None:
+    node = make_node()
+    places = node.root / "plugins/cachefs.csi.k8s.io/mounts"
+    (places / "v-old").mkdir(parents=True)
+    (places / "v-used/by-somebody").mkdir(parents=True)
+    node.start_keeper()
+    wait_until(lambda: os.listdir(places) == ["v-used"], 5, "the empty directory is gone")
+
+
 def asked_again(node: KubeletNode, ask: Callable[[], object]) -> None:
     """Do as the plugin and kubelet do: a call that fails is repeated; the keeper is started when it is dead."""
     for _ in range(60):

@@ -204,7 +204,8 @@ def mount(node: Node, bucket: Bucket, proxy: FaultProxy) -> Mount:
 def test_status_json(mount: Mount) -> None:
     (mount.path / "dir/file").read_bytes()
     document = mount.node.status()
-    assert sorted(document) == ["agents", "mounts", "version"]
+    assert sorted(document) == ["agents", "keeper", "mounts", "version"]
+    assert document["keeper"] is None, "there is none on this node"
     [found], [agent] = document["mounts"], document["agents"]
     assert found["mountpoint"] == str(mount.path)
     assert found["source"] == mount.state()["source"]

@@ -53,14 +53,18 @@ def test_m1_killed_workers_are_not_noticed(node: Node, bucket: Bucket, proxy: Fa
     assert mount.status()["health"] == "ok"
 
 
+def _wait_for_attachment(mount: Mount, agent_pid: int) -> None:
+    wait_until(lambda: mount.state()["agent_pid"] == agent_pid, 10, "the worker has the next agent")
+
+
 def test_m1_killed_agents_are_not_noticed(small_node: Node, bucket: Bucket, proxy: FaultProxy) -> None:
     mount = mount_objects(small_node, bucket, proxy)
     with reading(mount.path, OBJECTS):
         time.sleep(0.5)
         for _ in range(6):
-            killed = small_node.kill_agent()
-            small_node.wait_for_agent(other_than=killed)
-            time.sleep(0.5)
+            following = small_node.wait_for_agent(other_than=small_node.kill_agent())
+            _wait_for_attachment(mount, following)
+            time.sleep(0.5)  # agents that die sooner are followed with growing pauses
     assert mount.status()["restarts"] == 0, "the worker survives its agent"
 
 

@@ -29,7 +29,6 @@ from cachefs.agent.limits import owner_number
 from cachefs.block.holdings import NOBODY
 from cachefs.block.ports import BlockSource
 from cachefs.config import CacheConfig, MetadataConfig, PeerConfig, S3Config, from_plain
-from cachefs.store.manifest_store import open_pinned
 from cachefs.store.open import open_store, parse_source
 from cachefs.store.retry import RetryingStore
 from cachefs.types import Consistency, FileKind, Ino, ObjectId, ObjectVersion, block_count, object_id
@@ -242,6 +241,8 @@ class Volumes:
             return open_store(s3, environment)
         if rules.consistency is not Consistency.IMMUTABLE:
             raise errors.UsageError(f"a --manifest is immutable: it cannot be mounted with {rules.consistency}")
+        from cachefs.store.manifest_store import open_pinned  # few need it, and readers may wait for an agent's start
+
         return open_pinned(s3, environment, self._places.in_use.parent / MANIFESTS, ask=check)
 
     async def _open(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import os
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,23 +29,20 @@ from cachefs.errors import (
 )
 from cachefs.store.admin import BucketAdmin
 from tests.support.fault_proxy import Fault, FaultProxy
+from tests.support.spare_bucket import emptied, spare_bucket
 
 
 @pytest.fixture(scope="module")
 def bucket(s3_server: S3Server) -> Iterator[str]:
-    """One for all: the server takes a second to make a bucket."""
-    name = s3_server.create_bucket(f"admin-{os.getpid()}")
-    yield name
-    s3_server.client().delete_bucket(Bucket=name)
+    with spare_bucket(s3_server, "admin") as name:
+        yield name
 
 
 @pytest.fixture
 def s3_bucket(s3_server: S3Server, bucket: str) -> Iterator[str]:
     """It is empty."""
-    yield bucket
-    config = S3Config(source=f"s3://{bucket}", endpoint_url=s3_server.endpoint_url)
-    with BucketAdmin(config, s3_server.environment) as cleaner:
-        cleaner.delete(found.key for found in list(cleaner.objects("")))
+    with emptied(s3_server, bucket) as name:
+        yield name
 
 
 @pytest.fixture

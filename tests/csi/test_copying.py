@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import signal
 import subprocess
 import sys
@@ -27,25 +26,22 @@ from csi.snapshots import write_pinned
 from tests.support.fault_proxy import Fault, FaultProxy
 from tests.support.machine import wait_until
 from tests.support.programs import REPOSITORY
+from tests.support.spare_bucket import emptied, spare_bucket
 
 LONG_S = 30.0
 
 
 @pytest.fixture(scope="module")
 def bucket(s3_server: S3Server) -> Iterator[str]:
-    """One for all: the server takes a second to make a bucket."""
-    name = s3_server.create_bucket(f"copying-{os.getpid()}")
-    yield name
-    s3_server.client().delete_bucket(Bucket=name)
+    with spare_bucket(s3_server, "copying") as name:
+        yield name
 
 
 @pytest.fixture
 def s3_bucket(s3_server: S3Server, bucket: str) -> Iterator[str]:
     """It is empty."""
-    yield bucket
-    config = S3Config(source=f"s3://{bucket}", endpoint_url=s3_server.endpoint_url)
-    with BucketAdmin(config, s3_server.environment) as cleaner:
-        cleaner.delete(found.key for found in list(cleaner.objects("")))
+    with emptied(s3_server, bucket) as name:
+        yield name
 
 
 @pytest.fixture

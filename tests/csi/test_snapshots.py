@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +16,7 @@ from cachefs.errors import AlreadyExists, ConfigError, NotFound, StorageUnavaila
 from cachefs.store.admin import BucketAdmin
 from csi import snapshots
 from csi.records import FileRecords
+from tests.support.spare_bucket import emptied, spare_bucket
 
 OBJECTS = {f"vol/{number:03d}": b"x" * number for number in range(40)} | {
     "vol/": b"", "volume": b"not of it", "vol-1/a": b"neither", "vol/000-x": b"b", "vol/000/x": b"a"
@@ -26,19 +26,15 @@ OBJECTS = {f"vol/{number:03d}": b"x" * number for number in range(40)} | {
 
 @pytest.fixture(scope="module")
 def bucket(s3_server: S3Server) -> Iterator[str]:
-    """One for all: the server takes a second to make a bucket."""
-    name = s3_server.create_bucket(f"snapshots-{os.getpid()}")
-    yield name
-    s3_server.client().delete_bucket(Bucket=name)
+    with spare_bucket(s3_server, "snapshots") as name:
+        yield name
 
 
 @pytest.fixture
 def s3_bucket(s3_server: S3Server, bucket: str) -> Iterator[str]:
     """It is empty."""
-    yield bucket
-    config = S3Config(source=f"s3://{bucket}", endpoint_url=s3_server.endpoint_url)
-    with BucketAdmin(config, s3_server.environment) as cleaner:
-        cleaner.delete(found.key for found in list(cleaner.objects("")))
+    with emptied(s3_server, bucket) as name:
+        yield name
 
 
 @pytest.fixture

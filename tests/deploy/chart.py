@@ -28,7 +28,11 @@ VERSIONS = ("1.30", "1.37")
 FOREIGN_KINDS = {
     ("cert-manager.io/v1", "Certificate"): "a kind of cert-manager, not of Kubernetes: its schema is not packaged",
     ("cert-manager.io/v1", "Issuer"): "a kind of cert-manager, not of Kubernetes: its schema is not packaged",
-    ("monitoring.coreos.com/v1", "PodMonitor"): "a kind of the Prometheus operator: held against it in test_monitoring",
+    (
+        "monitoring.coreos.com/v1",
+        "ServiceMonitor",
+    ): "of the Prometheus operator: held against it in test_monitoring",
+    ("monitoring.coreos.com/v1", "PodMonitor"): "the same",
     ("monitoring.coreos.com/v1", "PrometheusRule"): "the same",
     ("snapshot.storage.k8s.io/v1", "VolumeSnapshotClass"): "a kind of external-snapshotter, not of Kubernetes",
     ("snapshot.storage.k8s.io/v1", "VolumeSnapshot"): "a kind of external-snapshotter, not of Kubernetes",

@@ -211,6 +211,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "instance in capitals": ({"instance": "B"}, "/instance"),
     "latest": ({"image": {"tag": "latest"}}, "/image/tag"),
     "monitor of nothing": ({"metrics": {"podMonitor": {"enabled": True}}}, "metrics.podMonitor: nothing is served"),
+    "service of nothing": ({"metrics": {"serviceMonitor": {"enabled": True}}}, "metrics.serviceMonitor: nothing is"),
+    "two monitors": (
+        {"metrics": {"enabled": True, "podMonitor": {"enabled": True}, "serviceMonitor": {"enabled": True}}},
+        "metrics.podMonitor: every node would be scraped twice",
+    ),
     "alerts of nothing": ({"metrics": {"enabled": True, "rules": {"enabled": True}}}, "metrics.rules: the alerts"),
     "low port for metrics": ({"metrics": {"enabled": True, "port": 80}}, "/metrics/port"),
     "one port twice": ({"metrics": {"enabled": True}, "node": {"peerPort": 9815}}, "metrics.port: is that"),

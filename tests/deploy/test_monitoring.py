@@ -1,4 +1,4 @@
-"""PodMonitor, alerts and dashboard: they ask for metrics that are served, by labels that those have."""
+"""ServiceMonitor, PodMonitor, alerts and dashboard: they ask for metrics that are served, by labels that those have."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from cachefs.exporter.table import FAMILIES, Kind
 from tests.deploy.chart import SETS, container, pod_of, render, rendered
 
 OF_THE_TARGET = {"job", "node", "namespace", "pod", "instance", "container", "endpoint"}
-"""Labels that the Prometheus operator and the PodMonitor's relabelling add."""
+"""Labels that the Prometheus operator and the relabelling of the monitors add."""
 FIELDS: dict[str, set[str]] = {
+    "ServiceMonitor": {"selector", "namespaceSelector", "endpoints"},
     "PodMonitor": {"selector", "namespaceSelector", "podMetricsEndpoints"},
     "PrometheusRule": {"groups"},
     "endpoint": {"port", "path", "interval", "relabelings"},
-    "relabeling": {"action", "sourceLabels", "targetLabel"},
+    "relabeling": {"action", "sourceLabels", "targetLabel", "replacement"},
     "group": {"name", "rules"},
     "rule": {"alert", "expr", "for", "labels", "annotations"},
 }
 """Of monitoring.coreos.com/v1, those that the chart uses (Documentation/api-reference/api.md of the operator)."""
-SETTINGS = {"metrics": {"enabled": True, "podMonitor": {"enabled": True}, "rules": {"enabled": True}}}
+MONITORS = {"ServiceMonitor": ("serviceMonitor", "endpoints"), "PodMonitor": ("podMonitor", "podMetricsEndpoints")}
+"""By kind: the value that asks for it, and its field with the endpoints."""
+BY = {"release": "prometheus"}
 
 
 def one(kind: str, objects: Any = None) -> dict[str, Any]:
@@ -93,44 +96,79 @@ def labels_of(name: str) -> tuple[str, ...]:
     return FAMILIES[name].labels if name in FAMILIES else ()
 
 
-def test_the_pod_monitor_finds_the_port_of_the_node_service() -> None:
-    monitor = one("PodMonitor")
-    [endpoint] = monitor["spec"]["podMetricsEndpoints"]
-    [daemon] = [
-        each
-        for each in rendered("everything")
-        if each["kind"] == "DaemonSet" and each["metadata"]["name"].endswith("-node")
-    ]
-    labels = daemon["spec"]["template"]["metadata"]["labels"]
-    assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
-    assert monitor["spec"]["namespaceSelector"] == {"matchNames": [daemon["metadata"]["namespace"]]}
-    assert monitor["metadata"]["labels"]["release"] == "prometheus"
-    node = container(rendered("everything"), "DaemonSet", "-node", "node")
-    assert {"name": endpoint["port"], "containerPort": 9909} in node["ports"]
+def with_monitor(kind: str, **more: Any) -> list[dict[str, Any]]:
+    """Return the chart with this monitor and the alerts."""
+    monitor = {MONITORS[kind][0]: {"enabled": True, "labels": BY}}
+    metrics = {"enabled": True, "port": 9909, "rules": {"enabled": True}, **monitor}
+    return render({"metrics": metrics, **more}, namespace="storage")
+
+
+def of_the_node(objects: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    [found] = [each for each in objects if each["kind"] == kind and each["metadata"]["name"].endswith("-node")]
+    return found
+
+
+@pytest.mark.parametrize("kind", MONITORS)
+def test_a_monitor_finds_the_port_of_the_node_service(kind: str) -> None:
+    objects = with_monitor(kind)
+    monitor, daemon = one(kind, objects), of_the_node(objects, "DaemonSet")
+    chosen, labels = monitor["spec"]["selector"]["matchLabels"], daemon["spec"]["template"]["metadata"]["labels"]
+    [endpoint] = monitor["spec"][MONITORS[kind][1]]
+    node = container(tuple(objects), "DaemonSet", "-node", "node")
+    assert {"name": "metrics", "containerPort": 9909} in node["ports"]
     assert "--metrics=:9909" in node["args"]
-    assert endpoint["path"] == "/metrics"
+    assert (endpoint["port"], endpoint["path"]) == ("metrics", "/metrics")
+    assert monitor["spec"]["namespaceSelector"] == {"matchNames": [daemon["metadata"]["namespace"]]}
+    assert monitor["metadata"]["labels"].items() >= BY.items()
+    if kind == "PodMonitor":
+        assert chosen.items() <= labels.items()
+        assert not [each for each in objects if each["kind"] == "Service" and "node" in each["metadata"]["name"]]
+        return
+    [service] = [
+        each for each in objects if each["kind"] == "Service" and chosen.items() <= each["metadata"]["labels"].items()
+    ]
+    assert service["spec"]["selector"].items() <= labels.items()
+    assert service["spec"]["ports"] == [{"name": "metrics", "port": 9909, "targetPort": "metrics"}]
+    assert service["spec"]["clusterIP"] == "None"
 
 
-def test_alerts_are_for_this_installation() -> None:
-    for rule in rules():
+def job_of(monitor: dict[str, Any]) -> str:
+    """Return the label `job` of what this monitor brings, as the operator makes it (its getting-started document)."""
+    if monitor["kind"] == "PodMonitor":
+        return f"{monitor['metadata']['namespace']}/{monitor['metadata']['name']}"
+    [endpoint] = monitor["spec"]["endpoints"]
+    [job] = [each["replacement"] for each in endpoint["relabelings"] if each["targetLabel"] == "job"]
+    return str(job)
+
+
+@pytest.mark.parametrize("kind", MONITORS)
+def test_alerts_are_for_this_installation(kind: str) -> None:
+    objects = with_monitor(kind, instance="b")
+    wanted = f'job="{job_of(one(kind, objects))}"'
+    assert wanted == 'job="storage/cachefs-b-node"'
+    for rule in one("PrometheusRule", objects)["spec"]["groups"][0]["rules"]:
         for selector in re.findall(r"cachefs_\w+\{([^}]*)\}", rule["expr"]):
-            assert 'job="cachefs/cachefs-node"' in selector, rule["alert"]
-        assert not re.search("JOB|AMPLIFICATION", rule["expr"])
+            assert wanted in selector, rule["alert"]
+
+
+def test_alerts_have_their_values() -> None:
+    assert not [rule["alert"] for rule in rules() if re.search("JOB|AMPLIFICATION", rule["expr"])]
     assert {rule["alert"] for rule in rules()} >= {
         "CachefsMountFailed", "CachefsAgentDown", "CachefsStoreRefused", "CachefsAmplification",
     }  # fmt: skip
     assert "> 0) > 2\n" in rules()[-1]["expr"]  # nothing is divided by nothing where nodes have no peers
-    other = one("PrometheusRule", render({"instance": "b", **SETTINGS}, namespace="storage"))
-    assert 'job="storage/cachefs-b-node"' in other["spec"]["groups"][0]["rules"][0]["expr"]
 
 
-def test_only_fields_that_exist() -> None:
-    monitor, rule = one("PodMonitor")["spec"], one("PrometheusRule")["spec"]
-    assert set(monitor) <= FIELDS["PodMonitor"]
+@pytest.mark.parametrize("kind", MONITORS)
+def test_only_fields_that_exist(kind: str) -> None:
+    objects = with_monitor(kind)
+    monitor, rule = one(kind, objects)["spec"], one("PrometheusRule", objects)["spec"]
+    assert set(monitor) <= FIELDS[kind]
     assert set(rule) <= FIELDS["PrometheusRule"]
-    for endpoint in monitor["podMetricsEndpoints"]:
+    for endpoint in monitor[MONITORS[kind][1]]:
         assert set(endpoint) <= FIELDS["endpoint"]
         assert all(set(each) <= FIELDS["relabeling"] for each in endpoint["relabelings"])
+        assert {each["targetLabel"] for each in endpoint["relabelings"]} <= {"node", "job"}
     for group in rule["groups"]:
         assert set(group) <= FIELDS["group"]
         for each in group["rules"]:

@@ -116,8 +116,12 @@ app.kubernetes.io/version: {{ .top.Chart.AppVersion | quote }}
 {{- if and .Values.node.labelNodes (eq $etcd.mode "none") }}{{ fail "node.labelNodes: what a node holds is counted for the cluster only; it needs etcd" }}{{ end -}}
 {{- if and .Values.controller.enabled .Values.controller.storageCapacity (not .Values.csi.topology) }}{{ fail "controller.storageCapacity: needs csi.topology true; csi-provisioner tells the scheduler nothing for nodes without a place, and pods would wait for ever" }}{{ end -}}
 {{- if and .Values.snapshotClasses (not .Values.controller.snapshotter) }}{{ fail "snapshotClasses: needs controller.snapshotter true" }}{{ end -}}
-{{- if and .Values.metrics.podMonitor.enabled (not .Values.metrics.enabled) }}{{ fail "metrics.podMonitor: nothing is served; set metrics.enabled to true" }}{{ end -}}
-{{- if and .Values.metrics.rules.enabled (not .Values.metrics.podMonitor.enabled) }}{{ fail "metrics.rules: the alerts are for what the PodMonitor brings; set metrics.podMonitor.enabled to true" }}{{ end -}}
+{{- $metrics := .Values.metrics -}}
+{{- range $monitor := list "serviceMonitor" "podMonitor" -}}
+{{- if and (get $metrics $monitor).enabled (not $metrics.enabled) }}{{ fail (printf "metrics.%s: nothing is served; set metrics.enabled to true" $monitor) }}{{ end -}}
+{{- end -}}
+{{- if and $metrics.serviceMonitor.enabled $metrics.podMonitor.enabled }}{{ fail "metrics.podMonitor: every node would be scraped twice; set metrics.podMonitor.enabled or metrics.serviceMonitor.enabled to false" }}{{ end -}}
+{{- if and $metrics.rules.enabled (not (or $metrics.serviceMonitor.enabled $metrics.podMonitor.enabled)) }}{{ fail "metrics.rules: the alerts are for what a monitor brings; set metrics.serviceMonitor.enabled or metrics.podMonitor.enabled to true" }}{{ end -}}
 {{- if and .Values.metrics.enabled (eq (int .Values.metrics.port) (int .Values.node.peerPort)) }}{{ fail "metrics.port: is that of node.peerPort" }}{{ end -}}
 {{- if and .Values.s3.caFile (not .Values.s3.caConfigMap) }}{{ fail "s3.caFile: needs s3.caConfigMap, where it is a key" }}{{ end -}}
 {{- $surge := .Values.node.updateStrategy.maxSurge | toString | trimSuffix "%" | int -}}

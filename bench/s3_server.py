@@ -50,13 +50,16 @@ LOOPBACK = "127.0.0.1"
 
 # $@ is the server. fd 3 is the pipe: `read` returns when its writing end closes. A job in the background gets /dev/null
 # as its input, hence the explicit <&3; the server must not hold the pipe, hence 3<&-.
-# The files to remove are in the first argument, one a line; a file of data is never named like that.
+# The files to remove are in the first argument, one a line; a file of data is never named like that. $$ goes first: it
+# would end the group when the server has ended, and the removal with it.
 _GUARD = """
 exec 3<&0
 rubbish=$1; shift
 "$@" 3<&- </dev/null &
 server=$!
-{ read -r _ <&3; kill -KILL $server; IFS='
+{ read -r _ <&3; kill -KILL $$ $server; n=0
+while kill -0 $server && [ $((n += 1)) -lt 60 ]; do sleep 0.05; done
+IFS='
 '; set -f; rm -rf -- $rubbish; kill -KILL 0; } &
 wait $server
 kill -KILL 0

@@ -46,7 +46,9 @@ directory=$1; shift
 "$@" 3<&- </dev/null &
 server=$!
 echo $server >"$directory/pid"
-{ read -r _ <&3; kill -KILL $server; rm -rf -- "$directory"; kill -KILL 0; } &
+{ read -r _ <&3; kill -KILL $$ $server; n=0
+while kill -0 $server && [ $((n += 1)) -lt 60 ]; do sleep 0.05; done
+rm -rf -- "$directory"; kill -KILL 0; } &
 wait $server
 kill -KILL 0
 """

@@ -216,6 +216,7 @@ class NodeService:
             "python": sys.executable,
             "version": __version__,
             "log_file": self._config.log.log_file,
+            "agent_environment": self._environment,
         }
 
     def _ended(self, child: Child) -> None:

@@ -119,8 +119,10 @@ class Worker:
 
     async def run(self) -> None:
         """Prepare, wait for "go", serve until the mount is gone."""
+        # An agent that this mount starts is everybody's: on a node with a keeper it has the node's keys, not the mount's.
+        environment = self._plan.get("agent_environment", self._environment)
         launch_plan = launch.AgentPlan(
-            self._config.cache, self._config.peer, self._config.log, sys.executable, self._environment
+            self._config.cache, self._config.peer, self._config.log, sys.executable, environment
         )
         attach = functools.partial(
             launch.attach_message,

@@ -184,12 +184,15 @@ class KubeletNode:
         config = load_config({"source": source, "endpoint-url": self.endpoint_url, **values}, self.environment)
         return make_plan(config, "/nowhere")
 
-    def mount(self, key: str, source: str, fingerprint: str = "f", timeout_s: float = 30.0, **settings: Any) -> None:
-        """Have a mount made."""
+    def mount(
+        self, key: str, source: str, fingerprint: str = "f", timeout_s: float = 30.0,
+        environment: Mapping[str, str] | None = None, **settings: Any,
+    ) -> None:  # fmt: skip
+        """Have a mount made, with credentials of its own in `environment`."""
         try:
             self.client.mount(
-                key, self.plan(source, **settings), environment={}, fingerprint=fingerprint, labels={"volume": key},
-                timeout_s=timeout_s,
+                key, self.plan(source, **settings), environment=environment or {}, fingerprint=fingerprint,
+                labels={"volume": key}, timeout_s=timeout_s,
             )  # fmt: skip
         except KeeperError as error:
             raise AssertionError(f"{error.kind}: {error.text}\n{self.logs()}") from error

@@ -71,6 +71,33 @@ def test_a_reader_outlives_worker_agent_node_service_and_keeper(node: KubeletNod
     assert_ends_clean(node)
 
 
+def test_an_agent_that_a_worker_starts_has_the_keys_of_the_node(node: KubeletNode, volume: str) -> None:
+    keys = node.base / "keys"
+    keys.write_text("[default]\naws_access_key_id = {}\naws_secret_access_key = {}\n".format(
+        node.credentials["AWS_ACCESS_KEY_ID"], node.credentials["AWS_SECRET_ACCESS_KEY"]
+    ))  # fmt: skip
+    own = {"AWS_SHARED_CREDENTIALS_FILE": str(keys), "AWS_CONFIG_FILE": "/dev/null"}
+    node.mount("vol", volume, environment=own)
+    assert own.items() <= environment_of(node.wait_for_worker("vol")).items()
+    os.kill(node.services[-1].pid, signal.SIGSTOP)  # or it might be faster
+    try:
+        agent = node.agent_pid
+        kill(agent)
+        wait_until(lambda: node.agent_pid != agent, 10, "another agent")
+        found = environment_of(node.agent_pid)
+    finally:
+        os.kill(node.services[-1].pid, signal.SIGCONT)
+    assert own["AWS_SHARED_CREDENTIALS_FILE"] not in found.values()
+    assert node.credentials.items() <= found.items()
+    assert_ends_clean(node)
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    """Return the variables that a process was started with."""
+    parts = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    return dict(part.partition("=")[::2] for part in parts if part)
+
+
 @pytest.mark.slow
 def test_as_in_a_container_workers_die_with_the_node_service(node: KubeletNode, volume: str) -> None:
     file = published(node, volume)

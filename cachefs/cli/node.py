@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,7 +18,11 @@ from cachefs.errors import MountError, UsageError
 from cachefs.logs import configure
 
 if TYPE_CHECKING:
+    from cachefs.mount.journal import Journal
     from csi.labels import NodeLabels
+
+KEEPER_S = 60.0
+KEEPER_STEP_S = 0.05
 
 
 def _seconds(text: str) -> float:
@@ -71,6 +76,7 @@ def node(keeper_socket: str, grace_s: float, label_node: str | None, metrics: Ad
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # three descriptors for each mount
+    _wait_for_directory(config.cache.runtime_dir, keeper_socket, journal)
     try:
         service = NodeService(config, keeper_socket, os.environ, grace_s=grace_s, journal=journal)
     except OSError as error:
@@ -84,6 +90,17 @@ def node(keeper_socket: str, grace_s: float, label_node: str | None, metrics: Ad
             labels.close()
     sys.stderr.flush()
     os._exit(code)  # the agent's watch may still wait for it
+
+
+def _wait_for_directory(path: str, keeper_socket: str, journal: Journal) -> None:
+    """Wait for a directory that the keeper has yet to make: we may not, and after a boot both pods start at once."""
+    may_make = os.geteuid() == 0 or os.access(os.path.dirname(path), os.W_OK)
+    if may_make or os.path.isdir(path) or os.path.exists(keeper_socket):
+        return
+    journal.info(f"waiting for the keeper, which makes {path}")
+    deadline = time.monotonic() + KEEPER_S
+    while not os.path.exists(keeper_socket) and time.monotonic() < deadline:
+        time.sleep(KEEPER_STEP_S)
 
 
 def _labels(name: str, config: Config) -> NodeLabels:

@@ -50,6 +50,16 @@ def unprivileged(make_node: Callable[..., KubeletNode]) -> KubeletNode:
     return node
 
 
+def test_a_node_service_that_is_there_first_waits_for_its_directory(make_node: Callable[..., KubeletNode]) -> None:
+    node = make_node(node_uid=NODE)
+    node.run.mkdir(mode=0o755)  # as kubelet makes it, for root alone to write
+    service = node.start_service(wait=False)
+    wait_until(lambda: "waiting for the keeper" in node.logs(), 10, "it waits")
+    assert service.poll() is None
+    node.start_keeper()
+    node.wait_for_service(service)
+
+
 def test_workers_without_rights_serve_and_survive(unprivileged: KubeletNode, bucket: Bucket) -> None:
     node = unprivileged
     bucket.put("a/file", CONTENT)

@@ -50,7 +50,10 @@ _LEAST_SECRET = 4
 _MESSAGE_CHARACTERS = 1024
 _SUBJECTS = ("volume_id", "snapshot_id", "name", "source_volume_id")
 _OFTEN = frozenset({"Probe", "GetPluginInfo", "GetPluginCapabilities", "NodeGetVolumeStats"})
-"""Asked every few seconds: logged when they fail, else at debug level, as the GetCapabilities of all services."""
+"""Asked every few seconds: logged when they fail, else at debug level, as the GetCapabilities of all services and what
+kubelet publishes again.
+"""
+_MOST_PLACES = 4096
 _ADD: tuple[tuple[type[Any], Callable[[Any, Any], None]], ...] = (
     (csi_pb2_grpc.IdentityServicer, csi_pb2_grpc.add_IdentityServicer_to_server),
     (csi_pb2_grpc.ControllerServicer, csi_pb2_grpc.add_ControllerServicer_to_server),
@@ -99,6 +102,9 @@ class Server:
 class _Calls(grpc.ServerInterceptor):  # type: ignore[misc]  # the library has no types
     """Wraps every method: log line, and errors into codes."""
 
+    def __init__(self) -> None:
+        self._published: set[tuple[str, str]] = set()
+
     def intercept_service(self, continuation: Callable[[Any], Any], call: Any) -> Any:
         method = continuation(call)
         if method is None or method.unary_unary is None:
@@ -107,7 +113,7 @@ class _Calls(grpc.ServerInterceptor):  # type: ignore[misc]  # the library has n
         inner = method.unary_unary
 
         def answer(request: Message, context: Any) -> Any:
-            return _answered(name, inner, request, context)
+            return _answered(name, inner, request, context, self._is_repeated)
 
         return grpc.unary_unary_rpc_method_handler(
             answer,
@@ -115,8 +121,26 @@ class _Calls(grpc.ServerInterceptor):  # type: ignore[misc]  # the library has n
             response_serializer=method.response_serializer,
         )
 
+    def _is_repeated(self, name: str, request: Any) -> bool:
+        """Return whether a call that went well was the same before: kubelet publishes every volume of every pod again
+        each minute (requiresRepublish).
+        """
+        if name not in ("NodePublishVolume", "NodeUnpublishVolume"):
+            return False
+        place = (request.volume_id, request.target_path)
+        if name == "NodeUnpublishVolume":
+            self._published.discard(place)
+            return False
+        repeated = place in self._published
+        if len(self._published) < _MOST_PLACES:
+            self._published.add(place)
+        return repeated
 
-def _answered(name: str, inner: Callable[[Any, Any], Any], request: Message, context: Any) -> Any:
+
+def _answered(
+    name: str, inner: Callable[[Any, Any], Any], request: Message, context: Any,
+    is_repeated: Callable[[str, Message], bool],
+) -> Any:  # fmt: skip
     started = time.monotonic()
     try:
         response = inner(request, context)
@@ -127,7 +151,8 @@ def _answered(name: str, inner: Callable[[Any, Any], Any], request: Message, con
         elif code is Code.INTERNAL:
             _log_failure(name, request, error)
     else:
-        _log_call(name, request, Code.OK, "", started)
+        often = name in _OFTEN or name.endswith("GetCapabilities") or is_repeated(name, request)
+        _log_call(name, request, Code.OK, "", started, often=often)
         return response
     text = clean(text, request)
     _log_call(name, request, code, text, started)
@@ -135,9 +160,8 @@ def _answered(name: str, inner: Callable[[Any, Any], Any], request: Message, con
     raise AssertionError("abort raises")
 
 
-def _log_call(name: str, request: Message, code: Code, text: str, started: float) -> None:
-    quiet = code is Code.OK and (name in _OFTEN or name.endswith("GetCapabilities"))
-    level = logging.ERROR if code is Code.INTERNAL else logging.DEBUG if quiet else logging.INFO
+def _log_call(name: str, request: Message, code: Code, text: str, started: float, *, often: bool = False) -> None:
+    level = logging.ERROR if code is Code.INTERNAL else logging.DEBUG if often else logging.INFO
     if not log.isEnabledFor(level):
         return
     subject = next((str(value) for key in _SUBJECTS if (value := getattr(request, key, ""))), "-")

@@ -125,8 +125,9 @@ def csi(**options: Any) -> None:
     environment = {name: text for name, text in os.environ.items() if name != f"{ENVIRONMENT_PREFIX}ZONE" or not zone}
     loaded = load(options, environment, options[CONFIG_PARAMETER])
     configure(loaded.config.log, "csi")
-    for notice in loaded.notices:
-        log.info("%s", notice)
+    if own["mode"] == "all":  # the others have no agent of their own, and its sizes are not their business
+        for notice in loaded.notices:
+            log.info("%s", notice)
 
     from csi.driver import Driver, DriverSettings, Mode
     from csi.endpoint import parse_endpoint

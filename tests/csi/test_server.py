@@ -183,6 +183,26 @@ def test_frequent_calls_are_logged_when_they_fail(tmp_path: Path, caplog: pytest
     assert not any("{" in line for line in lines), "requests are written at debug level only"
 
 
+def test_what_kubelet_publishes_again_is_not_logged_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Node(csi_pb2_grpc.NodeServicer):
+        def NodePublishVolume(self, request: Any, context: Any) -> Any:
+            return csi_pb2.NodePublishVolumeResponse()
+
+        def NodeUnpublishVolume(self, request: Any, context: Any) -> Any:
+            return csi_pb2.NodeUnpublishVolumeResponse()
+
+    caplog.set_level("INFO", logger="csi")
+    publish = csi_pb2.NodePublishVolumeRequest(volume_id="v", target_path="/a")
+    with served(tmp_path / "csi.sock", [Node()]) as client:
+        for _ in range(3):
+            client.node.NodePublishVolume(publish)
+        client.node.NodePublishVolume(csi_pb2.NodePublishVolumeRequest(volume_id="v", target_path="/b"))
+        client.node.NodeUnpublishVolume(csi_pb2.NodeUnpublishVolumeRequest(volume_id="v", target_path="/a"))
+        client.node.NodePublishVolume(publish)
+    lines = [record.getMessage() for record in caplog.records if record.name == server_module.__name__]
+    assert sum(line.startswith("NodePublishVolume v OK") for line in lines) == 3
+
+
 def test_many_calls_that_wait_leave_room_for_others(tmp_path: Path) -> None:
     service = Echo()
     with served(tmp_path / "csi.sock", [service]) as client:

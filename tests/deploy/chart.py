@@ -118,12 +118,20 @@ def _schema_of(version: str, kind: str, api: str) -> Any:
     return jsonschema.validators.Draft202012Validator(schema, registry=registry)
 
 
+def as_of(each: Mapping[str, Any], version: str) -> Mapping[str, Any]:
+    """Return an object as the chart would make it for this version: rendering here is always for the newest."""
+    if each["kind"] == "CSIDriver" and tuple(map(int, version.split("."))) < (1, 35):
+        spec = {name: value for name, value in each["spec"].items() if name != "serviceAccountTokenInSecrets"}
+        return {**each, "spec": spec}
+    return each
+
+
 def mistakes_of(each: Mapping[str, Any], version: str) -> list[str]:
     """Return what Kubernetes of this version would refuse in an object, unknown fields included."""
     api, kind = each["apiVersion"], each["kind"]
     if (api, kind) in FOREIGN_KINDS:
         return []
-    errors = _schema_of(version, kind, api).iter_errors(each)
+    errors = _schema_of(version, kind, api).iter_errors(as_of(each, version))
     return [f"{label_of(each)}: {error.json_path}: {error.message[:200]}" for error in errors]
 
 

@@ -99,6 +99,15 @@ def variables(objects: tuple[dict[str, Any], ...], name: str) -> dict[str, Any]:
     return {each["name"]: each.get("value", each.get("valueFrom")) for each in found}
 
 
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [({}, True), ({"tokensInSecrets": False}, None), ({"tokensInSecrets": True, "tokenAudiences": []}, None)],
+)
+def test_tokens_are_secrets_where_kubernetes_can(values: dict[str, Any], wanted: bool | None) -> None:
+    [driver] = [each for each in render({"csi": values}) if each["kind"] == "CSIDriver"]
+    assert driver["spec"].get("serviceAccountTokenInSecrets") is wanted
+
+
 def test_the_minimum_has_no_dead_weight() -> None:
     kinds = sorted(each["kind"] for each in rendered("minimal"))
     assert kinds == ["CSIDriver", *["DaemonSet"] * 3, *["ServiceAccount"] * 3]

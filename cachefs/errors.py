@@ -82,6 +82,10 @@ class BadBody(StorageUnavailable):
     """The store sent fewer or more bytes than asked for, or of another version: an error, never data (EIO)."""
 
 
+class StorageFull(StorageUnavailable):
+    """The store has no room for what was to be written, or a quota of the bucket is reached (EIO)."""
+
+
 class BucketNotFound(CachefsError):
     """The bucket does not exist, or its name belongs to somebody else (ENOENT at mount time)."""
 

@@ -13,17 +13,18 @@ import dataclasses
 import time
 from typing import Any
 
-from cachefs.errors import CachefsError
+from cachefs.errors import AccessDenied, CachefsError, CredentialsError
 from csi import controller_requests as requests
 from csi import volumes as known_volumes
 from csi.buckets import Buckets
 from csi.controller_snapshots import Snapshots
 from csi.copying import Jobs
 from csi.locks import CallLocks
+from csi.parameter_table import AuthSource
 from csi.parameters import own_parameters, parse
 from csi.provisioning import Order, Provisioner
 from csi.records import VOLUMES, VolumeRecords
-from csi.status import invalid, not_found, out_of_range
+from csi.status import invalid, not_found, out_of_range, worded
 from csi.v1 import csi_pb2, csi_pb2_grpc
 from csi.volumes import Made, State, Volume
 
@@ -229,6 +230,17 @@ class Controller(csi_pb2_grpc.ControllerServicer):
                 else:
                     admin.check(volume.prefix)
         except CachefsError as error:
-            return csi_pb2.VolumeCondition(abnormal=True, message=str(error))
+            return _what_was_seen(volume, error)
         answered_ms = (time.monotonic() - started) * 1000
         return csi_pb2.VolumeCondition(abnormal=False, message=f"the bucket answers ({answered_ms:.0f} ms)")
+
+
+def _what_was_seen(volume: Volume, error: CachefsError) -> csi_pb2.VolumeCondition:
+    """Return the condition of a volume whose bucket the controller could not look at. Of a dataset with the nodes' keys
+    that says nothing, as when it was made: nodes may have keys that the controller has not.
+    """
+    keys = isinstance(error, AccessDenied | CredentialsError) and volume.spec.auth_source is AuthSource.NODE
+    if keys and volume.made is Made.DATASET:
+        text = f"ready; the controller cannot look at the bucket, the nodes report what they see: {error}"
+        return csi_pb2.VolumeCondition(abnormal=False, message=worded(text))
+    return csi_pb2.VolumeCondition(abnormal=True, message=worded(str(error)))

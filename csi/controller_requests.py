@@ -1,7 +1,8 @@
 """Reads the requests of the controller service, field by field, and refuses what cannot be meant.
 
 Everything that can be wrong with a request by itself is refused here, by the name of the field; what depends on the
-records or on the bucket is not looked at. Text of a request is repeated in an error only where it is no secret.
+records or on the bucket is not looked at. Text of a request is repeated in an error only where it is no secret. Sizes
+and groups are read here for the node service as well (`csi.node_requests`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ MAX_NAME_BYTES = 256
 """The protocol says 128; a CO may have its own limit, and the name is only hashed."""
 MAX_PAGE = 5000
 """Entries of one answer, which has to stay below 4 MiB."""
+_MAX_GROUP = 2**32 - 2
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _TOKEN = "after:"  # noqa: S105 - of a page
 _ID = re.compile(r"[a-z0-9][a-z0-9.-]{0,127}")
@@ -95,6 +97,10 @@ def unsupported(wanted: Any) -> tuple[str, str] | None:
         return "block", "there are no block devices here: ask for volumeMode Filesystem"
     if wanted.mount.fs_type not in FSTYPES:
         return "mount.fs_type", "must be empty or cachefs"
+    try:
+        mount_group(wanted.mount.volume_mount_group)
+    except ValueError as error:
+        return "mount.volume_mount_group", str(error)
     if not wanted.HasField("access_mode") or wanted.access_mode.mode == Mode.UNKNOWN:
         return "access_mode", "must be given"
     if wanted.access_mode.mode not in Mode.Mode.values():
@@ -104,6 +110,15 @@ def unsupported(wanted: Any) -> tuple[str, str] | None:
     except ValueError as error:
         return "mount.mount_flags", str(error)
     return None
+
+
+def mount_group(text: str) -> int | None:
+    """Return the group that files of a mount are to have, None: the volume's own. Raises ValueError."""
+    if not text:
+        return None
+    if not (text.isascii() and text.isdecimal() and len(text) <= len(str(_MAX_GROUP)) and int(text) <= _MAX_GROUP):
+        raise ValueError("must be the number of a group")
+    return int(text)
 
 
 def capacity(request: Any) -> Capacity:

@@ -33,6 +33,7 @@ from cachefs.errors import CachefsError, StorageUnavailable, UsageError
 from cachefs.store.admin import BucketAdmin
 from cachefs.store.manifest import HIDDEN
 from csi.records import VolumeRecords
+from csi.status import worded
 from csi.transfers import Cancelled, Copy, Deletion, Steps
 
 log = logging.getLogger(__name__)
@@ -191,7 +192,7 @@ class Jobs:
             log.info("the job %s (%s) was stopped", job_id, job.steps.verb)
         except CachefsError as error:
             job.error = error
-            self._errors[job_id] = str(error)
+            self._errors[job_id] = worded(str(error))
             log.info("the job %s (%s) stopped: %s", job_id, job.steps.verb, error)
         except Exception as error:  # a thread of its own: whoever asks has to hear it
             job.error = StorageUnavailable(f"{job.steps.verb} failed: {type(error).__name__}", retryable=False)

@@ -11,6 +11,7 @@ calls end first.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import logging
 import os
@@ -79,6 +80,7 @@ class Driver:
         self._settings = settings
         self._stack = ExitStack()
         self._checks: list[Check] = []
+        self._records: VolumeRecords | None = None
         services: list[Service] = []
         try:
             if settings.mode is not Mode.NODE:
@@ -114,7 +116,7 @@ class Driver:
         from csi.buckets import Buckets  # the clients of stores, which the plugin of a node does without
         from csi.controller import Controller
 
-        records = open_records(self._settings)
+        self._records = records = open_records(self._settings)
         self._stack.callback(records.close)
         self._checks.append(records.check)
         buckets = Buckets(self._settings.config.s3, self._settings.environment)
@@ -147,10 +149,20 @@ class Driver:
             ),
             KeeperClient(settings.keeper),
             self._pod_events(),
+            self._records_for_node(),
         )
         node.start()
         self._checks.append(node.check)
         return node
+
+    def _records_for_node(self) -> VolumeRecords | None:
+        """Open the records of the controller, if they are where this node reaches them."""
+        if self._records is None and self._settings.config.peer.etcd_endpoints:
+            from csi.node_sizes import TIMEOUT_S
+
+            self._records = open_records(dataclasses.replace(self._settings, state="etcd"), TIMEOUT_S)
+            self._stack.callback(self._records.close)
+        return self._records
 
     def _pod_events(self) -> PodEvents | None:
         settings = self._settings
@@ -187,16 +199,16 @@ class Driver:
         return both.config, os.geteuid()
 
 
-def open_records(settings: DriverSettings) -> VolumeRecords:
-    """Open what `--state` says. Raises ConfigError."""
+def open_records(settings: DriverSettings, timeout_s: float = 0.0) -> VolumeRecords:
+    """Open what `--state` says; `timeout_s` is for a question to etcd, 0: as usual. Raises ConfigError."""
     peer = settings.config.peer
     state = settings.state or ("etcd" if peer.etcd_endpoints else DEFAULT_STATE)
     if state == "etcd":
         if not peer.etcd_endpoints:
             raise ConfigError("--state etcd needs --etcd: say where it is")
-        from csi.etcd_records import EtcdRecords, settings_of  # imports the client of etcd, which few need
+        from csi.etcd_records import TIMEOUT_S, EtcdRecords, settings_of  # imports the client of etcd, which few need
 
-        return EtcdRecords(settings_of(peer))
+        return EtcdRecords(settings_of(peer), timeout_s=timeout_s or TIMEOUT_S)
     path = state.removeprefix("file://")
     if not state.startswith("file://") or not path.startswith("/"):
         raise ConfigError(f"--state {state}: must be file:///DIR or etcd")

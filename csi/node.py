@@ -5,6 +5,7 @@
     csi/node_volumes.py    which mounts there are to be
     csi/node_mounts.py     making them, and taking them away
     csi/node_keeper.py     the keeper of the node, who makes them
+    csi/node_sizes.py      how large volumes have become
     csi/node_warmup.py     what pods may wait for
     csi/pod_events.py      what they are told meanwhile
     csi/node_stats.py      how mounts are
@@ -32,11 +33,13 @@ from csi.locks import CallLocks
 from csi.node_keeper import Keeper, Mounts, mount_key
 from csi.node_mounts import NodeSettings
 from csi.node_requests import Volume
+from csi.node_sizes import Sizes
 from csi.node_stats import Examiner
 from csi.node_volumes import NodeVolumes
 from csi.node_warmup import LABEL, Order, WarmUps
 from csi.pod_events import Listener, PodEvents
-from csi.status import invalid, not_found, unavailable
+from csi.records import VolumeRecords
+from csi.status import invalid, not_found, out_of_range, unavailable
 from csi.v1 import csi_pb2, csi_pb2_grpc
 
 __all__ = ["NodeService", "NodeSettings"]
@@ -60,12 +63,20 @@ class NodeService(csi_pb2_grpc.NodeServicer):
     `csi.status` turns into codes.
     """
 
-    def __init__(self, settings: NodeSettings, client: KeeperClient, events: PodEvents | None = None) -> None:
-        """`events`: tells pods why they wait; None: nobody is told."""
+    def __init__(
+        self,
+        settings: NodeSettings,
+        client: KeeperClient,
+        events: PodEvents | None = None,
+        records: VolumeRecords | None = None,
+    ) -> None:
+        """`events`: tells pods why they wait; None: nobody is told. `records`: of the controller, if they are reached
+        from here.
+        """
         self._settings = settings
         self._events = events
         self._keeper = Keeper(client, settings.node_id)
-        self._volumes = NodeVolumes(settings, self._keeper)
+        self._volumes = NodeVolumes(settings, self._keeper, Sizes(records))
         self._warm_ups = WarmUps(settings.config.cache)
         self._examiner = Examiner(settings.config.cache, settings.node_id)
         self._locks = CallLocks("volume")
@@ -188,10 +199,10 @@ class NodeService(csi_pb2_grpc.NodeServicer):
     # -- what is known -------------------------------------------------------------------------------------------------
 
     def _at(self, volume_id: str, path: str) -> tuple[Mounts, MountState]:
-        """Return the mount of a volume that is at `path`. Raises Refused (NOT_FOUND)."""
-        mounts = self._keeper.look()
+        """Return the mount of a volume that is published or staged at `path`. Raises Refused (NOT_FOUND)."""
+        mounts, path = self._keeper.look(), path.rstrip("/")
         for mount in mounts.of_volume(volume_id):
-            if any(target.path == path.rstrip("/") for target in mount.targets):
+            if path == mount.labels.get("stage") or any(target.path == path for target in mount.targets):
                 return mounts, mount
         raise not_found(f"volume {volume_id} is not at {path} on this node")
 
@@ -201,7 +212,8 @@ class NodeService(csi_pb2_grpc.NodeServicer):
         path = requests.given("volume_path", request.volume_path)
         mounts, mount = self._at(volume_id, path)
         self._examiner.forget({each.key for each in mounts.all})
-        health = self._examiner.examine(mount, path.rstrip("/"), has_node_service=mounts.has_node_service)
+        seen_at = mount.mountpoint if path.rstrip("/") == mount.labels.get("stage") else path.rstrip("/")
+        health = self._examiner.examine(mount, seen_at, has_node_service=mounts.has_node_service)
         figures = health.figures
         total = _number(mount.labels.get("capacity")) or figures.total_bytes
         usage = csi_pb2.VolumeUsage
@@ -214,16 +226,22 @@ class NodeService(csi_pb2_grpc.NodeServicer):
         )
 
     def NodeExpandVolume(self, request: Any, context: Any) -> Any:
-        """Keep the new size of a volume, which is a quota: nothing on the node has to grow."""
+        """Keep the new size of a volume, which is a quota: nothing on the node has to grow. Less than it has is no
+        error, and changes nothing.
+        """
         volume_id = requests.volume_id(request)
         path = requests.given("volume_path", request.volume_path)
-        _, mount = self._at(volume_id, path)
-        wanted = requests.wanted_capacity(request)
+        wanted = requests.growth(request)
         with self._locks.alone(volume_id):
-            for each in self._keeper.look().of_volume(volume_id):
-                if wanted:
-                    self._keeper.label(each.key, {"capacity": str(wanted)})
-        return csi_pb2.NodeExpandVolumeResponse(capacity_bytes=wanted or _number(mount.labels.get("capacity")))
+            mounts, mount = self._at(volume_id, path)
+            has = _number(mount.labels.get("capacity"))
+            reached = max(has, wanted.required_bytes)
+            if not wanted.fits(reached):
+                raise out_of_range(f"capacity_range.limit_bytes: the volume has {has} bytes, and none shrinks")
+            for each in mounts.of_volume(volume_id):
+                if reached > _number(each.labels.get("capacity")):
+                    self._keeper.label(each.key, {"capacity": str(reached)})
+        return csi_pb2.NodeExpandVolumeResponse(capacity_bytes=reached)
 
     def NodeGetInfo(self, request: Any, context: Any) -> Any:
         """Return what this node is called and where it is."""

@@ -25,6 +25,8 @@ from csi.status import unavailable
 
 STAGED, PUBLISHED = "staged", "published"
 UNAVAILABLE = "unavailable"
+LOOK_S = 8.0
+"""For a look, with which nearly every call begins: Probe and statistics have to be answered within ten seconds."""
 
 
 def target_label(target: str) -> str:
@@ -63,9 +65,8 @@ class Mounts:
 
 
 def targets(mount: MountState) -> list[str]:
-    """Return where a mount is published; its stage is none of them."""
-    stage = mount.labels.get("stage", "")
-    return [target.path for target in mount.targets if target.path != stage]
+    """Return where a mount is published."""
+    return [target.path for target in mount.targets]
 
 
 class Keeper:
@@ -78,7 +79,7 @@ class Keeper:
     def look(self) -> Mounts:
         """Return what is mounted. Raises Refused (UNAVAILABLE)."""
         with self._named():
-            return Mounts(self._client.status())
+            return Mounts(self._client.status(LOOK_S))
 
     def mount(
         self,

@@ -26,6 +26,7 @@ from csi import mount_flags
 from csi.credentials import CredentialFiles, Credentials
 from csi.node_keeper import Keeper, Mounts
 from csi.node_requests import Volume
+from csi.node_sizes import Sizes
 from csi.parameter_table import AuthSource
 from csi.parameters import VolumeSpec, parse
 
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 
 CHECK_S = 20.0
 PING_S = 2.0
+ALIVE_S = 5.0
+"""For a sign of life before the agent is asked for more, which may wait for a bucket."""
 LEAD_S = 5.0
 MOUNT_S = 60.0
 MARGIN_S = 2.0
@@ -66,10 +69,11 @@ class NodeSettings:
 class NodeMounts:
     """Makes and releases mounts. Any thread; calls BLOCK, and raise Refused, CachefsError and KeeperError."""
 
-    def __init__(self, settings: NodeSettings, keeper: Keeper, files: CredentialFiles) -> None:
+    def __init__(self, settings: NodeSettings, keeper: Keeper, files: CredentialFiles, sizes: Sizes) -> None:
         self._settings = settings
         self._keeper = keeper
         self._files = files
+        self._sizes = sizes
         # The plugin's own keys, if it has any, are nobody's business here.
         self._proxies = {name: text for name, text in settings.environment.items() if name.lower().endswith("_proxy")}
 
@@ -81,7 +85,8 @@ class NodeMounts:
         if not mounts.has_node_service:
             raise self._keeper.node_service_missing()
         environment = credentials.environment(self._files.directory(name))
-        all_labels = {**labels, **_labels(volume, credentials, name, environment)}
+        size = self._sizes.now(volume.volume_id, volume.spec.capacity_bytes)
+        all_labels = {**labels, **_labels(volume, credentials, name, environment), "capacity": str(size)}
         self._files.write(name, credentials, now=time.time())
         try:
             self._mount(key, volume, credentials.identity, environment, all_labels, left_s)
@@ -127,7 +132,11 @@ class NodeMounts:
     def _check(
         self, config: Config, environment: Mapping[str, str], place: str, mounted_at_s: float, deadline: float
     ) -> None:
-        """Let the agent that runs look at the bucket. Raises what is wrong with it."""
+        """Let the agent that runs look at the bucket. Raises what is wrong with it; soon, if it is the agent."""
+        try:
+            launch.ping(config.cache, ALIVE_S)
+        except errors.AgentUnavailable as error:
+            raise self._agent_silent(error) from error
         timeout_s = max(1.0, min(CHECK_S, deadline - time.monotonic()))
         try:
             notices = launch.check_running(
@@ -139,11 +148,14 @@ class NodeMounts:
                 raise errors.StorageUnavailable(
                     f"{config.s3.source} gave no answer within {timeout_s:.0f} s: check the endpoint and the network"
                 ) from error
-            raise errors.AgentUnavailable(
-                f"the agent of node {self._settings.node_id} does not answer: look at its cachefs-node pod ({error})"
-            ) from error
+            raise self._agent_silent(error) from error
         for notice in notices:
             log.info("%s: %s", config.s3.source, notice)
+
+    def _agent_silent(self, error: errors.AgentUnavailable) -> errors.AgentUnavailable:
+        return errors.AgentUnavailable(
+            f"the agent of node {self._settings.node_id} does not answer: look at its cachefs-node pod ({error})"
+        )
 
     def _config(self, spec: VolumeSpec, identity: str, group: int | None) -> Config:
         """Return the configuration of a mount: files are root's, unless somebody says otherwise."""
@@ -196,16 +208,14 @@ class NodeMounts:
 
 
 def _labels(volume: Volume, credentials: Credentials, name: str, environment: Mapping[str, str]) -> dict[str, str]:
-    spec = volume.spec
     return {
         "volume": volume.volume_id,
         "group": group_text(volume.group),
-        "auth": str(spec.auth_source),
+        "auth": str(volume.spec.auth_source),
         "identity": credentials.identity,
         "credentials": name,
         "parameters": volume.parameters,
         "environment": json.dumps(environment),
-        "capacity": str(spec.capacity_bytes),
     }
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from csi import mount_flags
+from csi.controller_requests import FSTYPES, Capacity, capability, capacity, mount_group
 from csi.parameter_table import AuthSource
 from csi.parameters import CAPACITY_KEY, MANIFEST_KEY, VolumeSpec, own_parameters, parse
 from csi.status import failed_precondition, invalid
@@ -24,10 +25,10 @@ from csi.v1 import csi_pb2
 
 Mode = csi_pb2.VolumeCapability.AccessMode
 EPHEMERAL_KEY = "csi.storage.k8s.io/ephemeral"
-FSTYPES = frozenset({"", "cachefs", "fuse.cachefs"})
+ONE_POD = "SINGLE_NODE_SINGLE_WRITER"
+"""The access mode of volumes that one pod at a time may have (ReadWriteOncePod)."""
 MAX_ID_BYTES = 256
 MAX_PATH_BYTES = 4095
-_MAX_GROUP = 2**32 - 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class Volume:
     @property
     def single_writer(self) -> bool:
         """Whether one target on this node is all there may be (ReadWriteOncePod)."""
-        return self.mode == "SINGLE_NODE_SINGLE_WRITER"
+        return self.mode == ONE_POD
 
     @property
     def ephemeral(self) -> bool:
@@ -136,11 +137,10 @@ def _mode(capability: Any) -> str:
 
 
 def _group(text: str) -> int | None:
-    if not text:
-        return None
-    if not (text.isascii() and text.isdecimal() and len(text) <= len(str(_MAX_GROUP)) and int(text) <= _MAX_GROUP):
-        raise invalid("volume_capability.mount.volume_mount_group", "must be the number of a group")
-    return int(text)
+    try:
+        return mount_group(text)
+    except ValueError as error:
+        raise invalid("volume_capability.mount.volume_mount_group", str(error)) from error
 
 
 def check_inline(spec: VolumeSpec, allowed: Collection[AuthSource]) -> None:
@@ -161,13 +161,8 @@ def needs_stage(staging_target_path: str) -> None:
         raise failed_precondition("staging_target_path: must be given; call NodeStageVolume first")
 
 
-def wanted_capacity(request: Any) -> int:
-    """Return how large a volume is to become; 0 when the request does not say."""
-    if not request.HasField("capacity_range"):
-        return 0
-    required, limit = request.capacity_range.required_bytes, request.capacity_range.limit_bytes
-    if required < 0 or limit < 0:
-        raise invalid("capacity_range", "must not be negative")
-    if limit and limit < required:
-        raise invalid("capacity_range.limit_bytes", "is less than required_bytes")
-    return int(required or limit)
+def growth(request: Any) -> Capacity:
+    """Return how large a volume is to become; zero when the request does not say."""
+    if request.HasField("volume_capability"):
+        capability("volume_capability", request.volume_capability)
+    return capacity(request)

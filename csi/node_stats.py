@@ -21,6 +21,7 @@ from cachefs.config import CacheConfig
 from cachefs.keeper.client import MountState
 from cachefs.mount import mountinfo
 from cachefs.runtime import mount_id
+from csi.status import worded
 
 PROBE_S = 3.0
 AGENT_S = 3.0
@@ -163,7 +164,8 @@ class Examiner:
         if not origin:
             return Health(figures, False, "mounted; its worker has no connection to the agent of the node now")
         if origin.get("failing"):
-            return Health(figures, True, f"the bucket does not answer: {origin.get('last_error') or 'no reason given'}")
+            why = worded(str(origin.get("last_error") or "no reason given"))
+            return Health(figures, True, f"the bucket does not answer: {why}")
         return Health(figures, False, "mounted, and the bucket answers")
 
     def _origin(self, mount: MountState) -> dict[str, Any]:

@@ -9,6 +9,10 @@ A mount is made by the publish call where the stage call cannot know what it is 
 the stage (a mount has one), and inline volumes, which are not staged. Its name (`mount_key`) has in it all that two
 pods must not share.
 
+Nothing is mounted at the staging path, which the CSI specification leaves open ("MAY be staged"): before kubelet
+unstages a volume it looks for mounts of the same device elsewhere (GetDeviceMountRefs), and our own place is one. It
+would never call NodeUnstageVolume.
+
 INVARIANTS: all calls for one volume that change its mounts are under its lock (`csi.node`); a mount of kind published
 is made and released under the lock of its own name.
 """
@@ -25,7 +29,8 @@ from csi.credentials import FRESH_S, CredentialFiles, Credentials
 from csi.locks import CallLocks
 from csi.node_keeper import PUBLISHED, STAGED, Keeper, Mounts, mount_key, target_label, targets
 from csi.node_mounts import NodeMounts, NodeSettings, group_text
-from csi.node_requests import Volume
+from csi.node_requests import ONE_POD, Volume
+from csi.node_sizes import Sizes
 from csi.status import Refused, already_exists, failed_precondition
 
 log = logging.getLogger(__name__)
@@ -41,10 +46,10 @@ WAIT_S = 10.0
 class NodeVolumes:
     """Makes and takes away mounts. Any thread; calls BLOCK, and raise Refused, CachefsError and KeeperError."""
 
-    def __init__(self, settings: NodeSettings, keeper: Keeper) -> None:
+    def __init__(self, settings: NodeSettings, keeper: Keeper, sizes: Sizes) -> None:
         self._keeper = keeper
         self.files = CredentialFiles(settings.credentials_dir, settings.node_uid)
-        self._mounts = NodeMounts(settings, keeper, self.files)
+        self._mounts = NodeMounts(settings, keeper, self.files, sizes)
         self._making = CallLocks("mount")
 
     # -- stage -------------------------------------------------------------------------------------------------------
@@ -61,7 +66,6 @@ class NodeVolumes:
             key = mount_key(volume.volume_id, group=volume.group)
             labels = {"kind": STAGED, "stage": place, "mode": volume.mode}
             self._mounts.make(mounts, key, volume, credentials, mount_key(volume.volume_id), labels, left_s)
-            self._bind_stage(key, place, mount_key(volume.volume_id))
 
     def _stage_again(
         self, staged: MountState, volume: Volume, place: str, credentials: Credentials | None, left_s: float | None
@@ -75,15 +79,6 @@ class NodeVolumes:
         if credentials is not None:
             self._mounts.renew(staged, credentials)
         self._settle(staged, volume, left_s)
-        self._keeper.bind(staged.key, place)
-
-    def _bind_stage(self, key: str, place: str, name: str) -> None:
-        try:
-            self._keeper.bind(key, place)
-        except Exception:
-            self._keeper.unmount(key)
-            self.files.remove(name)
-            raise
 
     def _note_stage(self, volume: Volume, place: str) -> None:
         name = mount_key(volume.volume_id)
@@ -145,12 +140,10 @@ class NodeVolumes:
             known = holder.labels.get(target_label(target), _target_text(volume, readonly))
             if holder.key != key or known != _target_text(volume, readonly) or self._differs(holder, volume):
                 raise already_exists(f"{target} is published already, as another volume, mode, group or identity")
-        if not volume.single_writer:
-            return
-        others = _published(mounts, volume.volume_id, besides=target)
+        others = _excluded(mounts, volume, target)
         if others:
             self._keeper.reconcile()
-            others = _published(self._keeper.look(), volume.volume_id, besides=target)
+            others = _excluded(self._keeper.look(), volume, target)
         if others:
             raise failed_precondition(
                 f"the volume is published at {others[0]}, and its access mode (ReadWriteOncePod) allows one pod"
@@ -247,8 +240,18 @@ class NodeVolumes:
         )  # fmt: skip
 
 
-def _published(mounts: Mounts, volume_id: str, besides: str = "") -> list[str]:
-    return [path for mount in mounts.of_volume(volume_id) for path in targets(mount) if path != besides]
+def _published(mounts: Mounts, volume_id: str) -> list[str]:
+    return [path for mount in mounts.of_volume(volume_id) for path in targets(mount)]
+
+
+def _excluded(mounts: Mounts, volume: Volume, target: str) -> list[str]:
+    """Return where a volume is published that cannot be published at `target` as well: one of both is for one pod."""
+    return [
+        path
+        for mount in mounts.of_volume(volume.volume_id)
+        for path in targets(mount)
+        if path != target and ONE_POD in (volume.mode, mount.labels.get(target_label(path), "").partition(" ")[0])
+    ]
 
 
 def _target_text(volume: Volume, readonly: bool) -> str:

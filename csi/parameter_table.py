@@ -58,6 +58,14 @@ class Parameter:
 
 
 def _text(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("must be one line of printable text")
+    return text
+
+
+def _group(text: str) -> str:
+    if text and (re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", text) is None or text == "all" or text.isdigit()):
+        raise ValueError("must be the name of a group, as with `cachefs mount --group`")
     return text
 
 
@@ -280,7 +288,7 @@ TABLE: tuple[Parameter, ...] = (
         field="warmup_wait",
     ),
     Parameter(
-        "group", "Group of nodes that load what `warmup` says; empty: the nodes that have pods.", _text, field="group"
+        "group", "Group of nodes that load what `warmup` says; empty: the nodes that have pods.", _group, field="group"
     ),
     Parameter("useCache", "false: nothing is kept of what is read.", _of_setting("cache"), "true", setting="cache"),
     Parameter("uid", "Owner of all files.", _of_setting("uid"), "0", setting="uid"),

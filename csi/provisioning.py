@@ -38,7 +38,7 @@ from csi.parameter_table import AuthSource
 from csi.parameters import VolumeSpec, own_parameters, parse
 from csi.path_template import PVC_NAME, PVC_NAMESPACE
 from csi.records import VOLUMES, CorruptRecord, VolumeRecords
-from csi.status import aborted, already_exists, failed_precondition, invalid, not_found, out_of_range
+from csi.status import aborted, already_exists, failed_precondition, invalid, not_found, out_of_range, worded
 from csi.transfers import listing_key
 from csi.volumes import Made, State, Volume, volume_id_of
 
@@ -192,7 +192,7 @@ class Provisioner:
         except (AccessDenied, CredentialsError) as error:
             if spec.auth_source is not AuthSource.NODE:
                 raise
-            log.info("the controller cannot look at s3://%s itself; nodes may: %s", spec.bucket, error)
+            log.info("the controller cannot look at s3://%s itself; nodes may: %s", spec.bucket, worded(str(error)))
 
     def _check_alone(self, volume: Volume, spec: VolumeSpec) -> None:
         """Refuse a prefix that lies in, or around, that of another claim's volume."""

@@ -11,6 +11,7 @@ INVARIANT: an error that nobody foresaw is INTERNAL, and its text says no more t
 from __future__ import annotations
 
 import enum
+import re
 
 import grpc
 
@@ -53,6 +54,7 @@ _CODES: tuple[tuple[type[BaseException], Code], ...] = (
     (errors.AccessDenied, Code.PERMISSION_DENIED),
     (errors.StaleObject, Code.ABORTED),  # an object changed while it was copied: another try sees the new one
     (errors.Unsupported, Code.INVALID_ARGUMENT),
+    (errors.StorageFull, Code.RESOURCE_EXHAUSTED),
     (errors.StorageUnavailable, Code.UNAVAILABLE),
     (errors.AgentUnavailable, Code.UNAVAILABLE),
     (errors.UsageError, Code.INVALID_ARGUMENT),
@@ -68,6 +70,24 @@ _KINDS = {
     "missing": Code.NOT_FOUND,
 }
 """What the keeper says instead of the name of a class of `cachefs.errors`."""
+
+
+_OPTIONS = {
+    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, name a --profile, or use --anonymous for a public bucket": (
+        "with authSource 'node', which is the default, the driver's pods need some; else let the class or the volume "
+        "say authSource 'secret' and name a Secret, or 'pod', or 'anonymous' for a public bucket"
+    ),
+    "--ca-bundle": "the parameter caBundle",
+    "--endpoint-url": "the parameter endpoint",
+    "--path-style": "the parameter pathStyle",
+    "--region": "the parameter region",
+}
+_OPTION = re.compile(rf"(?:{'|'.join(map(re.escape, _OPTIONS))})(?![\w-])")
+
+
+def worded(text: str) -> str:
+    """Return what a store says to somebody who mounts by hand as it is for somebody who writes a class or a volume."""
+    return _OPTION.sub(lambda found: _OPTIONS[found.group()], text)
 
 
 def invalid(field: str, text: str) -> Refused:
@@ -119,9 +139,9 @@ def status_of(error: BaseException) -> tuple[Code, str]:
         return error.code, str(error)
     kind = getattr(error, "kind", None)
     if isinstance(kind, str):  # of the keeper, which this module need not know
-        return code_of_kind(kind), str(getattr(error, "text", error))
+        return code_of_kind(kind), worded(str(getattr(error, "text", error)))
     if isinstance(error, CachefsError):
-        return _code_of_class(type(error)), str(error) or type(error).__name__
+        return _code_of_class(type(error)), worded(str(error)) or type(error).__name__
     return Code.INTERNAL, f"an error in cachefs itself ({type(error).__name__}): the log of the driver has the details"
 
 

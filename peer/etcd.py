@@ -172,7 +172,7 @@ class EtcdSession:
         return (bytes(answer.kvs[0].value) if answer.kvs else None), _position(answer)
 
     async def create(self, key: str, value: bytes) -> None:
-        """Write a record unless there is one; it stays for ever."""
+        """Write a record unless there is one; it stays until it is deleted."""
         absent = etcdrpc.Compare(key=key.encode(), target=etcdrpc.Compare.CREATE, create_revision=0)
         put = etcdrpc.RequestOp(request_put=etcdrpc.PutRequest(key=key.encode(), value=value))
         await self._transact(etcdrpc.TxnRequest(compare=[absent], success=[put]))
@@ -194,6 +194,13 @@ class EtcdSession:
             answer = await self._transact(etcdrpc.TxnRequest(success=requests[first : first + WRITE_RECORDS]))
             revision = int(answer.header.revision)
         return revision
+
+    async def delete_unless(self, prefix: str, key: str) -> None:
+        """Delete a record unless there are any below a prefix, in one transaction."""
+        start, end = prefix.encode(), _after_prefix(prefix)
+        none = etcdrpc.Compare(key=start, range_end=end, target=etcdrpc.Compare.CREATE, create_revision=0)
+        delete = etcdrpc.RequestOp(request_delete_range=etcdrpc.DeleteRangeRequest(key=key.encode()))
+        await self._transact(etcdrpc.TxnRequest(compare=[none], success=[delete]))
 
     async def list_prefix(self, prefix: str) -> tuple[list[Record], Position]:
         """Return all records below a prefix, as they were at one moment."""

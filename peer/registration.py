@@ -94,7 +94,9 @@ class Registration:
                 await self._wake.wait()
 
     async def leave(self, session: EtcdSession) -> None:
-        """Give the lease back, and with it all records; takes at most two seconds, also while being cancelled."""
+        """Give the lease back, and with it all records; the last one leaves nothing at all in etcd. Takes at most two
+        seconds, also while being cancelled.
+        """
         lease, self.lease = self.lease, None
         self._records.clear()
         if lease is None:
@@ -103,6 +105,7 @@ class Registration:
             scope.shield = True
             try:
                 await session.revoke(lease)
+                await session.delete_unless(self._keys.nodes, self._keys.epoch)
             except EtcdFault as error:
                 log.debug("left the cluster without a good-bye: %s", error)
 

@@ -44,11 +44,12 @@ class Keys:
     def __init__(self, cluster: str) -> None:
         self.prefix = f"/cachefs/{cluster}/"
         self.epoch = f"{self.prefix}epoch"
-        """Drawn once by whoever comes first. Another one: etcd has lost its records since."""
+        """Drawn by whoever comes first, deleted by who leaves last. Another one: etcd has lost its records since."""
+        self.nodes = f"{self.prefix}nodes/"
 
     def node(self, node_id: str) -> str:
         """Return the key of a member."""
-        return f"{self.prefix}nodes/{node_id}"
+        return f"{self.nodes}{node_id}"
 
     def volume(self, volume: str, node_id: str) -> str:
         """Return the key that says that a member holds a volume."""

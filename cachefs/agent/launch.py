@@ -312,12 +312,21 @@ def running_agent(cache: CacheConfig, timeout_s: float) -> socket.socket:
     return connection
 
 
+def ping(cache: CacheConfig, timeout_s: float) -> None:
+    """Return when the agent that runs shows a sign of life. Raises AgentUnavailable when it does not within this
+    time.
+    """
+    if not isinstance(ask(running_agent(cache, timeout_s), messages.Ping(id=1), timeout_s), messages.Done):
+        raise errors.AgentUnavailable("the agent answered something else")
+
+
 def answers(cache: CacheConfig, timeout_s: float) -> bool:
     """Return whether the agent that runs, if any, shows a sign of life within this time."""
     try:
-        return isinstance(ask(running_agent(cache, timeout_s), messages.Ping(id=1), timeout_s), messages.Done)
+        ping(cache, timeout_s)
     except errors.AgentUnavailable:
         return False
+    return True
 
 
 def check_running(

@@ -23,6 +23,7 @@ ERRNO: dict[type[errors.CachefsError], int] = {
     errors.Unsupported: errno.EOPNOTSUPP,
     errors.StorageUnavailable: errno.EIO,
     errors.BadBody: errno.EIO,
+    errors.StorageFull: errno.EIO,
     errors.BucketNotFound: errno.EIO,
     errors.CredentialsError: errno.EACCES,
     errors.CorruptBlock: errno.EIO,

@@ -148,9 +148,9 @@ class KeeperClient:
         """Set labels of a mount, and remove those that are None."""
         self._ask("label", {"key": key, "labels": dict(labels)})
 
-    def status(self) -> KeeperStatus:
-        """Return what the keeper has."""
-        reply = self._ask("status", {})
+    def status(self, timeout_s: float | None = None) -> KeeperStatus:
+        """Return what the keeper has; it waits for nobody to say so."""
+        reply = self._ask("status", {}, timeout_s)
         runner = reply.get("runner")
         return KeeperStatus(
             version=str(reply["version"]),

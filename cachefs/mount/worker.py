@@ -119,7 +119,7 @@ class Worker:
 
     async def run(self) -> None:
         """Prepare, wait for "go", serve until the mount is gone."""
-        # An agent that this mount starts is everybody's: on a node with a keeper it has the node's keys, not the mount's.
+        # An agent that this mount starts is everybody's: with a keeper it has the node's keys, not those of the mount.
         environment = self._plan.get("agent_environment", self._environment)
         launch_plan = launch.AgentPlan(
             self._config.cache, self._config.peer, self._config.log, sys.executable, environment

@@ -16,6 +16,7 @@ from cachefs.errors import (
     ConfigError,
     CredentialsError,
     NotFound,
+    StorageFull,
     StorageUnavailable,
 )
 
@@ -35,6 +36,7 @@ _UNKNOWN_KEYS = {
 # Those that other keys may cure: the ones in use were replaced, or their time is over.
 _OTHER_KEYS = frozenset(_UNKNOWN_KEYS) - {"RequestTimeTooSkewed", "AccountProblem", "NotSignedUp"}
 _SLOW_DOWN = frozenset({"SlowDown", "Throttling", "ThrottlingException", "TooManyRequests", "RequestLimitExceeded"})
+_FULL = frozenset({"QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded"})
 _OTHER_REGION = frozenset(
     {"PermanentRedirect", "TemporaryRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
 )
@@ -43,7 +45,8 @@ _RETRYABLE = frozenset({"RequestTimeout", "InternalError", "ServiceUnavailable",
 
 _CODE = re.compile(r"<Code>\s*(\w+)\s*</Code>")
 _REGION = re.compile(r"<(?:Region|BucketRegion)>\s*([\w-]+)\s*</")
-_RETRYABLE_STATUS = frozenset({408, 425, 500, 502, 503, 504, 507, 509, 520, 522, 524, 529})
+_NO_ROOM = 507
+_RETRYABLE_STATUS = frozenset({408, 425, 500, 502, 503, 504, 509, 520, 522, 524, 529})
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,8 @@ def error_of(refusal: Refusal, *, bucket: str, endpoint: str, key: str | None, v
     if refusal.elsewhere:
         hint = f"use --region {refusal.region}" if refusal.region else "set --region or --endpoint-url"
         return ConfigError(f"bucket {bucket!r} is in another region ({said}): {hint}")
+    if code in _FULL or status == _NO_ROOM:
+        return StorageFull(f"{endpoint} has no room for {what} ({said})", retryable=False)
     if status in (401, 403):
         verb = verb or ("list" if key is None else "read")
         return AccessDenied(f"these credentials may not {verb} {what} ({said})")

@@ -64,6 +64,8 @@ class FakeAgent:
     def answers(self, request: messages.Request) -> list[messages.Answer]:
         """Return what is said to a message."""
         match request:
+            case messages.Ping():
+                return [messages.Done(id=request.id)]
             case messages.Attach():
                 self.attached.append(request)
                 if self.refuse is not None:

@@ -55,8 +55,11 @@ class KubeNode:
         node_options: tuple[str, ...] = (),
         mode: str = "node",
         node_uid: int | None = None,
+        state: str = "",
     ) -> None:
-        """`environment`: of the node service, and so of `authSource: node`. `node_uid`: who that runs as."""
+        """`environment`: of the node service, and so of `authSource: node`. `node_uid`: who that runs as. `state`:
+        where the controller has its records; a directory of the node without it.
+        """
         self.base = Path(tempfile.mkdtemp(prefix="kube-", dir="/tmp"))  # short: a socket's address has 107 bytes
         self.kubelet = self.base / "kubelet"
         self.kubelet.mkdir()
@@ -69,6 +72,7 @@ class KubeNode:
         os.chown(self.cache, self._node_uid, -1)
         self._node_environment = dict(environment)
         self._mode = mode
+        self._state = state or f"file://{self.base}/state"
         self._options = [
             f"--cache-dir={self.cache}", f"--runtime-dir={self.runtime}/node", "--shm-size=32MiB",
             "--cache-size=256MiB",
@@ -138,7 +142,7 @@ class KubeNode:
             "csi", f"--endpoint=unix://{self.endpoint}", "--node-id=node-a", f"--mode={self._mode}",
             f"--keeper={self.runtime}/keeper.sock", f"--credentials-dir={self.base}/credentials",
             f"--node-uid={self._node_uid}",
-            f"--kubelet-dir={self.kubelet}", f"--state=file://{self.base}/state", *self._options,
+            f"--kubelet-dir={self.kubelet}", f"--state={self._state}", *self._options,
         ]  # fmt: skip
         self._start("csi", arguments, self._node_environment if self._mode == "all" else {})
         wait_until(self._plugin_answers, START_S, "the driver answers")

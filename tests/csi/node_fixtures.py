@@ -14,6 +14,7 @@ import pytest
 
 from cachefs.config import CacheConfig, Config, S3Config
 from csi.node_mounts import NodeSettings
+from csi.records import VolumeRecords
 from tests.csi.fake_agent import FakeAgent
 from tests.csi.fake_keeper import FakeKeeper
 from tests.csi.node_rig import KubeletVolume, Plugin
@@ -33,10 +34,10 @@ class FakeNode:
         """Return a volume as the kubelet sees it; its parameters name a bucket at least."""
         return self.plugin.volume(volume_id, {"bucket": "bucket-1", **(parameters or {})}, **more)
 
-    def restart_plugin(self) -> None:
-        """End the plugin, and start one that knows nothing."""
+    def restart_plugin(self, records: VolumeRecords | None = None) -> None:
+        """End the plugin, and start one that knows nothing, but what the controller's records say."""
         self.plugin.__exit__()
-        self.plugin = Plugin(self.settings, str(self.keeper.path), self.base / "csi.sock")
+        self.plugin = Plugin(self.settings, str(self.keeper.path), self.base / "csi.sock", records=records)
         self.plugin.__enter__()
 
     def credential_files(self) -> dict[str, bytes]:

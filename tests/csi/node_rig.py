@@ -20,6 +20,7 @@ from cachefs.keeper.client import KeeperClient
 from csi.node import NodeService
 from csi.node_mounts import NodeSettings
 from csi.pod_events import PodEvents
+from csi.records import VolumeRecords
 from csi.server import Server
 from csi.v1 import csi_pb2, csi_pb2_grpc
 
@@ -39,10 +40,15 @@ class Plugin:
     """The plugin in this process, behind a real socket. Context manager."""
 
     def __init__(
-        self, settings: NodeSettings, keeper_socket: str, endpoint: Path, events: PodEvents | None = None
+        self,
+        settings: NodeSettings,
+        keeper_socket: str,
+        endpoint: Path,
+        events: PodEvents | None = None,
+        records: VolumeRecords | None = None,
     ) -> None:
         self.settings = settings
-        self.service = NodeService(settings, KeeperClient(keeper_socket), events)
+        self.service = NodeService(settings, KeeperClient(keeper_socket), events, records)
         self._server = Server(str(endpoint), [self.service])
         self._endpoint = endpoint
 
@@ -139,9 +145,9 @@ class KubeletVolume:
         request = csi_pb2.NodeGetVolumeStatsRequest(volume_id=self.volume_id, volume_path=path)
         return self._node.NodeGetVolumeStats(request, timeout=CALL_S)
 
-    def expand(self, path: str, required_bytes: int) -> Any:
+    def expand(self, path: str, required_bytes: int, *, limit: int = 0) -> Any:
         """NodeExpandVolume."""
-        wanted = csi_pb2.CapacityRange(required_bytes=required_bytes)
+        wanted = csi_pb2.CapacityRange(required_bytes=required_bytes, limit_bytes=limit)
         request = csi_pb2.NodeExpandVolumeRequest(volume_id=self.volume_id, volume_path=path, capacity_range=wanted)
         return self._node.NodeExpandVolume(request, timeout=CALL_S)
 

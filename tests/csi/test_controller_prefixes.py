@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
 from bench.s3_server import S3Server
+from cachefs.config import S3Config
 from cachefs.errors import AccessDenied
 from cachefs.store.admin import BucketAdmin
 from csi.buckets import Buckets
@@ -20,6 +23,7 @@ from csi.status import Code
 from csi.v1 import csi_pb2
 from csi.volumes import volume_id_of
 from tests.csi.rig import Client, create_request, keys_of, own, put, served, when_deleted
+from tests.support.fault_proxy import Fault, FaultProxy
 
 
 def test_a_claim_gets_a_prefix_of_its_own_which_goes_with_it(
@@ -163,6 +167,40 @@ def test_who_may_only_read_is_told_so_and_leaves_no_record(
     volume = driver.controller.CreateVolume(request).volume
     driver.delete(volume.volume_id)
     assert keys_of(s3_server, s3_bucket) == []
+
+
+@pytest.mark.parametrize(("status", "code"), [(507, "XMinioStorageFull"), (403, "QuotaExceeded")])
+def test_a_store_without_room_is_said_at_once(
+    driver: Client, s3_server: S3Server, s3_bucket: str, status: int, code: str
+) -> None:
+    with FaultProxy.before(s3_server.endpoint_url) as proxy:
+        proxy.add(Fault(kind="other", status=status, code=code))
+        request = create_request("a", **own(s3_bucket, "ns", "c"), endpoint=proxy.endpoint_url)
+        began = time.monotonic()
+        found, text = driver.refused(driver.controller.CreateVolume, request)
+        assert time.monotonic() - began < 3
+    assert found is Code.RESOURCE_EXHAUSTED
+    assert "has no room for 'ns/c/'" in text
+    assert code in text
+
+
+def test_a_controller_without_keys_says_where_they_come_from(
+    tmp_path: Path, records: FileRecords, s3_server: S3Server, s3_bucket: str
+) -> None:
+    nobody = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": "/x", "AWS_SHARED_CREDENTIALS_FILE": "/x"}
+    controller = Controller(records, Buckets(S3Config(endpoint_url=s3_server.endpoint_url), nobody))
+    with closing(controller), served(tmp_path / "keyless.sock", [controller]) as client:
+        request = create_request("a", **own(s3_bucket, "ns", "c"))
+        code, text = client.refused(client.controller.CreateVolume, request)
+        assert code is Code.UNAUTHENTICATED
+        assert "authSource 'node'" in text
+        assert "--" not in text
+        volume = client.create("b", bucket=s3_bucket).volume  # a dataset: the nodes may have keys
+        asked = csi_pb2.ControllerGetVolumeRequest(volume_id=volume.volume_id)
+        condition = client.controller.ControllerGetVolume(asked).status.volume_condition
+        assert not condition.abnormal
+        assert "the nodes report what they see" in condition.message
+        assert "authSource 'node'" in condition.message
 
 
 # -- killed in between ------------------------------------------------------------------------------------------------

@@ -110,13 +110,13 @@ def test_the_life_of_a_volume(fake: FakeNode) -> None:
     volume = fake.volume()
     volume.stage()
     first, second = volume.publish("a"), volume.publish("b")
-    assert fake.keeper.targets("v1") == {volume.staging, str(first), str(second)}
+    assert fake.keeper.targets("v1") == {str(first), str(second)}
     (mount,) = fake.keeper.mounts.values()
     assert all(target["read_only"] for target in mount["targets"])
     volume.unpublish("a")
     assert code(volume.unstage) == "FAILED_PRECONDITION"
     volume.unpublish("b")
-    assert fake.keeper.targets("v1") == {volume.staging}
+    assert fake.keeper.targets("v1") == set()
     volume.unstage()
     assert fake.keeper.mounts == {}
     assert not first.exists()
@@ -129,7 +129,7 @@ def test_every_call_can_be_repeated(fake: FakeNode) -> None:
     for _ in range(3):
         volume.publish()
     assert len(fake.keeper.mounts) == 1
-    assert len(fake.keeper.targets("v1")) == 2
+    assert len(fake.keeper.targets("v1")) == 1
     for _ in range(3):
         volume.unpublish()
     for _ in range(3):
@@ -226,6 +226,21 @@ def test_read_write_once_pod_is_for_one_pod(fake: FakeNode) -> None:
     volume.publish("b")
 
 
+@pytest.mark.parametrize("other", ["MULTI_NODE_MULTI_WRITER", "SINGLE_NODE_MULTI_WRITER"])
+def test_the_one_pod_has_it_alone_whatever_others_say(fake: FakeNode, other: str) -> None:
+    volume = fake.volume(mode="SINGLE_NODE_SINGLE_WRITER")
+    volume.stage()
+    volume.publish("a")
+    for _ in range(2):
+        got, text = refusal(volume.publish, "b", volume_capability=capability(other))
+        assert (got, "ReadWriteOncePod" in text) == ("FAILED_PRECONDITION", True), text
+        fake.restart_plugin()
+        volume = fake.volume(mode="SINGLE_NODE_SINGLE_WRITER")
+    volume.unpublish("a")
+    volume.publish("b", volume_capability=capability(other))
+    assert code(volume.publish, "a") == "FAILED_PRECONDITION"
+
+
 def test_two_pods_cannot_both_be_the_only_one(fake: FakeNode) -> None:
     volume = fake.volume(mode="SINGLE_NODE_SINGLE_WRITER")
     volume.stage()
@@ -233,7 +248,7 @@ def test_two_pods_cannot_both_be_the_only_one(fake: FakeNode) -> None:
         codes = Counter(threads.map(lambda pod: code(volume.publish, f"pod-{pod}"), range(8)))
     assert codes["OK"] == 1
     assert set(codes) <= {"OK", "FAILED_PRECONDITION", "ABORTED"}
-    assert len(fake.keeper.targets("v1")) == 2
+    assert len(fake.keeper.targets("v1")) == 1
 
 
 def test_a_group_has_a_mount_of_its_own(fake: FakeNode) -> None:
@@ -336,12 +351,11 @@ def test_a_bucket_that_cannot_be_listed_is_never_mounted(fake: FakeNode, kind: s
 @pytest.mark.expect_warnings("NodeStageVolume")
 def test_a_mount_that_cannot_be_made_leaves_nothing(fake: FakeNode) -> None:
     volume = fake.volume(parameters=SECRET, secrets=KEYS)
-    for command in ("mount", "bind"):
-        fake.keeper.failures[command] = ("MountError", "the kernel says no")
-        assert refusal(volume.stage) == ("INTERNAL", "the kernel says no")
-        fake.keeper.failures.clear()
-        assert fake.keeper.mounts == {}
-        assert fake.credential_files() == {}
+    fake.keeper.failures["mount"] = ("MountError", "the kernel says no")
+    assert refusal(volume.stage) == ("INTERNAL", "the kernel says no")
+    fake.keeper.failures.clear()
+    assert fake.keeper.mounts == {}
+    assert fake.credential_files() == {}
     volume.stage()
 
 
@@ -496,6 +510,16 @@ def test_a_volume_grows(fake: FakeNode) -> None:
     assert volume.stats(volume.staging).usage[0].total == 5000
     fake.restart_plugin()
     assert fake.volume().stats(target).usage[0].total == 5000
+
+
+def test_a_volume_never_shrinks(fake: FakeNode) -> None:
+    volume = fake.volume(parameters={"cachefs.csi.k8s.io/capacity": "1000"})
+    volume.stage()
+    target = str(volume.publish())
+    assert volume.expand(target, 5000).capacity_bytes == 5000
+    assert volume.expand(target, 2000).capacity_bytes == 5000, "a call that comes late"
+    assert volume.stats(target).usage[0].total == 5000
+    assert code(volume.expand, target, 100, limit=4000) == "OUT_OF_RANGE"
 
 
 def test_the_condition_says_what_is_wrong(fake: FakeNode, monkeypatch: pytest.MonkeyPatch) -> None:

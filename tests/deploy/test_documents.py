@@ -14,7 +14,8 @@ import yaml
 
 from cachefs.cli.main import COMMANDS
 from cachefs.cli.reference import TABLES, with_table
-from tests.deploy.chart import CHART, REPOSITORY, SETS, container, render, rendered
+from csi.credentials import keys_of_secret
+from tests.deploy.chart import CHART, REPOSITORY, SETS, container, key_of, render, rendered
 
 GUIDE = REPOSITORY / "docs/KUBERNETES.md"
 DOCUMENTS = [GUIDE, *sorted((REPOSITORY / "deploy").rglob("*.md"))]
@@ -118,6 +119,42 @@ def test_the_install_example_is_what_the_chart_takes() -> None:
     assert [each["metadata"]["name"] for each in objects if each["kind"] == "StorageClass"] == ["imagenet"]
 
 
+def test_the_readme_installs_what_its_example_needs() -> None:
+    """The commands of its part about Kubernetes, typed one after the other by somebody who has read nothing else."""
+    part = text_of(REPOSITORY / "README.md").split("\n## Kubernetes\n")[1]
+    lines = [shlex.split(line, comments=True) for line in part.split("```sh\n")[1].split("```")[0].splitlines()]
+    typed = [" ".join(words) for words in lines]
+    [install] = [words for words in lines if words[:2] == ["helm", "install"]]
+    assert (REPOSITORY / install[3]).samefile(CHART)
+    namespace = install[install.index("--namespace") + 1]
+    assert install[install.index("--set") + 1] == "image.registry=REGISTRY"
+    objects = tuple(render({"image": {"registry": "REGISTRY"}}, namespace=namespace))
+    image = container(objects, "DaemonSet", "-keeper", "keeper")["image"]
+    assert f"docker build -f deploy/docker/Dockerfile -t {image} . && docker push {image}" in typed
+    assert (
+        f"kubectl create namespace {namespace} && "
+        f"kubectl label namespace {namespace} pod-security.kubernetes.io/enforce=privileged"
+    ) in typed
+    [secret] = [words for words in lines if words[3:6] == ["create", "secret", "generic"]]
+    keys_of_secret(dict(word.removeprefix("--from-literal=").split("=") for word in secret[7:]))
+    [applied] = [words[-1] for words in lines if words[:3] == ["kubectl", "apply", "-f"]]
+    example = list(yaml.safe_load_all(text_of(REPOSITORY / applied)))
+    for each in example:
+        where = each["metadata"].get("namespace", namespace)
+        assert any(line.startswith(f"kubectl create namespace {where}") for line in typed), where
+    [parameters] = [each["parameters"] for each in example if each["kind"] == "StorageClass"]
+    assert parameters["csi.storage.k8s.io/node-stage-secret-name"] == secret[6]
+    assert parameters["csi.storage.k8s.io/node-stage-secret-namespace"] == secret[2] == namespace
+    [account] = [subject for each in example if each["kind"] == "RoleBinding" for subject in each["subjects"]]
+    assert ("ServiceAccount", account["namespace"], account["name"]) in {key_of(each) for each in objects}
+    order = [
+        next(at for at, line in enumerate(typed) if word in line) for word in ("create secret", "helm install", applied)
+    ]
+    assert order == sorted(order)
+    for name in re.findall(r"daemonset/(\S+)", part):
+        assert ("DaemonSet", namespace, name) in {key_of(each) for each in objects}
+
+
 def test_ports_are_those_of_the_chart() -> None:
     ports = {}
     for name in ("provisioner", "resizer", "snapshotter"):
@@ -179,6 +216,11 @@ def test_the_example_of_planning_is_what_the_chart_takes() -> None:
         == f"{number(cells['limit of `cachefs-node` (computed by the chart)']):.0f}Mi"
     )
     assert values["cache"]["size"] == f"{number(cells['cache.size']):.0f}GiB"
+    assert (
+        values["csi"]["maxVolumes"]
+        == number(cells["csi.maxVolumes"])
+        == number(cells["volumes in use on a node at a time"])
+    )
     assert values["cache"]["shmSize"] == f"{number(cells['cache.shmSize']):.0f}GiB"
 
 

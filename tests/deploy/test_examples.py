@@ -125,3 +125,17 @@ def test_programs_in_config_maps_compile() -> None:
     assert programs
     for name, text in programs.items():
         compile(text, name, "exec")
+
+
+def test_loaders_with_workers_have_room_to_hand_batches_over() -> None:
+    """A container's own /dev/shm has 64 MiB: eight batches of 64 images already take more."""
+    programs = {each["metadata"]["name"]: str(each["data"]) for each in EVERYTHING if each["kind"] == "ConfigMap"}
+    found = []
+    for each in EVERYTHING:
+        pod = pod_of(each) or {"containers": []}
+        maps = [volume["configMap"]["name"] for volume in pod.get("volumes", ()) if "configMap" in volume]
+        for one in containers_of(pod):
+            if "num_workers" in " ".join([*one["command"], *(programs[name] for name in maps)]):
+                found.append(each["metadata"]["name"])
+                assert "/dev/shm" in [mount["mountPath"] for mount in one["volumeMounts"]]
+    assert found == ["ddp", "webdataset"]

@@ -29,6 +29,7 @@ import pytest
 import yaml
 
 import cachefs
+from cachefs.cli.main import COMMANDS
 from cachefs.keeper.client import KeeperClient
 from cachefs.runtime import agent_id
 from csi.v1 import csi_pb2, csi_pb2_grpc
@@ -37,6 +38,8 @@ from tests.deploy.chart import REPOSITORY
 DOCKER = REPOSITORY / "deploy/docker"
 ROOTFS = DOCKER / "rootfs"
 NODE_UID = 65532
+MOST_MIB = 130
+"""Of what the project and its dependencies add to the base image; 95 MiB in this version."""
 
 
 def load_rootfs() -> ModuleType:
@@ -142,18 +145,38 @@ def start(image: Path, *arguments: str, user: str = "") -> subprocess.CompletedP
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
 
+def start_program(image: Path, *words: str, user: str = "") -> subprocess.CompletedProcess[str]:
+    """Start something else than the entry point of the image, as `command` of a container does."""
+    note = image / "image.json"
+    text = note.read_text(encoding="utf-8")
+    note.write_text(json.dumps({**json.loads(text), "entrypoint": [words[0]]}), encoding="utf-8")
+    try:
+        return start(image, *words[1:], user=user)
+    finally:
+        note.write_text(text, encoding="utf-8")
+
+
+AS_ROOT = ("csi", "keeper", "mount", "sidecar", "umount")
+
+
 def check_entry_points(image: Path) -> None:
-    """Start what pods start, each as its user."""
+    """Start every command as the users of the chart, every program of the project, and what its processes become."""
     told = start(image, "version")
     assert (told.stdout, told.returncode) == (f"{cachefs.__version__}\n", 0), told.stderr
-    for command, user in (
-        ("keeper", "0"), ("node", str(NODE_UID)), ("csi", "0"), ("csi", str(NODE_UID)), ("mount", "0"),
-        ("agent", str(NODE_UID)), ("inject", str(NODE_UID)),
-    ):  # fmt: skip
+    for command, user in [*((name, str(NODE_UID)) for name in COMMANDS), *((name, "0") for name in AS_ROOT)]:
         helped = start(image, command, "--help", user=user)
         assert helped.returncode == 0, f"{command}: {helped.stderr}"
         assert f"cachefs {command}" in helped.stdout
     assert "Commands" in start(image).stdout  # without arguments: CMD
+    scripts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    for name in set(scripts) - {"cachefs"}:
+        told = start_program(
+            image, name, "-f", "s3://bucket", "/mnt", user="0"
+        )  # as mount(8) does, and nothing is done
+        assert (told.returncode, told.stdout + told.stderr) == (0, ""), name
+    for module in ("cachefs.keeper", "cachefs.mount.supervisor", "cachefs.mount.worker"):
+        told = start_program(image, "python", "-m", module, "--help")
+        assert (told.returncode, told.stdout[:7]) == (0, "usage: "), f"{module}: {told.stderr}"
 
 
 @needs_root
@@ -175,12 +198,7 @@ def test_wrong_settings_end_it_with_one_line(image: Path) -> None:
 def test_all_modules_can_be_imported(image: Path) -> None:
     """Each part of the project with the packages that the image has, and no other."""
     modules = ("cachefs.agent.main", "cachefs.mount.worker", "cachefs.keeper.keeper", "csi.driver", "peer.membership")
-    note = json.loads((image / "image.json").read_text(encoding="utf-8"))
-    (image / "image.json").write_text(json.dumps({**note, "entrypoint": ["python", "-c"]}), encoding="utf-8")
-    try:
-        told = start(image, f"import {', '.join(modules)}; import sys; print(sys.prefix)")
-    finally:
-        (image / "image.json").write_text(json.dumps(note), encoding="utf-8")
+    told = start_program(image, "python", "-c", f"import {', '.join(modules)}; import sys; print(sys.prefix)")
     assert told.stdout == "/opt/cachefs\n", told.stderr
 
 
@@ -196,6 +214,8 @@ def test_what_is_in_it(image: Path) -> None:
     assert {"cachefs", "metadata", "peer", "csi", "pyfuse3", "trio"} <= packages
     assert not packages & {"pip", "pytest", "hypothesis", "moto", "helm_python", "setuptools"}
     assert [path for path in final.rglob("*") if path.is_file() and path.stat().st_mode & 0o6000] == []
+    size = sum(path.lstat().st_size for path in (final / "opt/cachefs").rglob("*"))
+    assert size < MOST_MIB << 20, f"{size >> 20} MiB"
 
 
 @needs_root

@@ -113,6 +113,8 @@ def test_the_pods_of_a_node_live_together(set_name: str) -> None:
     for each in daemons.values():
         assert named(each)["tolerations"] == [{"operator": "Exists"}]
         assert named(each)["priorityClassName"] == "system-node-critical"
+        notes = each["spec"]["template"]["metadata"]["annotations"]
+        assert notes["cluster-autoscaler.kubernetes.io/enable-ds-eviction"] == "false"
     assert daemons["keeper"]["spec"]["updateStrategy"] == {"type": "OnDelete"}
     assert daemons["node"]["spec"]["updateStrategy"]["type"] == "RollingUpdate"
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from csi import kube
+from tests.csi.fake_kube import FakeApi
 from tests.deploy.chart import REPOSITORY, SETS, render, rendered
 
 Rights = dict[str, set[str]]
@@ -133,6 +136,36 @@ def documented(call: str) -> Rights:
     )
     assert found, f"the docstring of csi.kube does not say what {call} needs"
     return {found[1]: {verb.strip() for verb in found[2].split(",") if verb.strip()}}
+
+
+CALLS: dict[str, Callable[[kube.KubeClient], object]] = {
+    "emit_event": lambda client: client.emit_event(kube.PodReference("team", "train-0"), "R", "m", name="e"),
+    "follow_event": lambda client: client.follow_event(kube.PodReference("team", "train-0"), "e", "m", 2),
+    "label_node": lambda client: client.label_node("node-a", {"x": "1"}),
+    "get_node": lambda client: client.get_node("node-a"),
+}
+VERBS = {"POST": "create", "PATCH": "patch", "GET": "get"}
+
+
+def test_all_calls_are_looked_at() -> None:
+    public = {name for name in vars(kube.KubeClient) if not name.startswith("_")}
+    assert public == set(CALLS)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_call_needs_what_is_documented(call: str, tmp_path: Path) -> None:
+    """What really goes to the API: the verb, and the resource of a single object of core/v1."""
+    api = FakeApi(tmp_path)
+    try:
+        CALLS["emit_event"](api.client())  # there is something to follow
+        CALLS[call](api.client())
+    finally:
+        api.close()
+    verb, path = api.calls[-1][:2]
+    assert api.status == 0
+    parts = path.removeprefix("/api/v1/").removeprefix("namespaces/team/").split("/")
+    assert len(parts) == (1 if verb == "POST" else 2)
+    assert documented(call) == {parts[0]: {VERBS[verb]}}
 
 
 def test_the_plugin_and_the_node_service() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from tests.deploy.chart import REPOSITORY
 
 TUNING = REPOSITORY / "deploy/tuning"
 TUNE = TUNING / "tune"
+ANSIBLE = shutil.which("ansible-playbook")
 STOCK = {
     "net/core/somaxconn": "4096",
     "net/core/netdev_max_backlog": "1000",
@@ -179,6 +183,44 @@ def test_the_playbook_is_yaml_and_calls_the_script() -> None:
     assert scripts[0].startswith("tune --check ")
     options = set(re.findall(r"--[a-z-]+", " ".join([*scripts, play["vars"]["cachefs_tune_options"]])))
     assert options <= set(re.findall(r"--[a-z-]+", TUNE.read_text(encoding="utf-8")))
+
+
+def play(*arguments: str) -> tuple[dict[str, int], str]:
+    """Run the playbook on this machine; return Ansible's recapitulation, and all that it printed."""
+    if ANSIBLE is None:
+        pytest.skip("there is no ansible-playbook in PATH")
+    command = [ANSIBLE, "-i", "here,", "-c", "local", str(TUNING / "playbook.yml"), *arguments]
+    done = subprocess.run(
+        [*command, "-e", f"ansible_python_interpreter={sys.executable}", "-e", "ansible_become=false"],
+        env={**os.environ, "LANG": "C.UTF-8"}, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {name: int(count) for name, count in re.findall(r"(\w+)=(\d+)", done.stdout)}, done.stdout
+
+
+def test_the_playbook_sets_once_and_then_agrees(root: Path) -> None:
+    """By the real ansible-playbook, where there is one."""
+    options = f"cachefs_tune_options='--root {root} --shm 32GiB --users'"
+    before = snapshot(root)
+    looked, told = play("--check", "-e", options)
+    assert (looked["changed"], looked["skipped"]) == (1, 1)
+    assert "differs  net.core.rmem_max" in told
+    assert snapshot(root) == before
+    assert play("-e", options)[0]["changed"] == 2  # what differs, and that it was set
+    put(root, "proc/mounts", before["proc/mounts"].replace("8388608k", "33554432k"))
+    after = snapshot(root)
+    again, _ = play("-e", options)
+    assert (again["changed"], again["skipped"]) == (0, 1)
+    assert snapshot(root) == after
+
+
+@pytest.mark.parametrize(("users", "said"), [("true", True), ("false", False)])
+def test_the_variables_of_the_playbook_are_options(users: str, said: bool) -> None:
+    """With --check, on this machine as it is."""
+    _, told = play("--check", "-e", f"cachefs_users={users}", "-e", "cachefs_shm=1MiB", "-e", "cachefs_cache_dir=/x")
+    assert ("/etc/fuse.conf" in told) is said
+    assert "/etc/fstab" in told
+    assert "/x is on " in told or "/x: " in told
 
 
 def test_the_document_names_every_setting() -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import http.server
 import json
+import mmap
 import os
 import socket
 import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -142,6 +143,26 @@ def test_what_is_left_is_named(api: Api, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("phase", "policy", "made_by", "waits"),
+    [
+        ("Released", "Delete", DRIVER, True), ("Failed", "Delete", DRIVER, True),
+        ("Released", "Retain", DRIVER, False), ("Released", "Delete", "", False),
+        ("Available", "Delete", DRIVER, False),
+    ],
+)  # fmt: skip
+def test_a_volume_that_is_still_to_be_deleted_is_in_the_way(
+    api: Api, tmp_path: Path, phase: str, policy: str, made_by: str, waits: bool
+) -> None:
+    """Its claim is gone, csi-provisioner has not asked yet, or was refused: what was made would stay for ever."""
+    found = volume("pv-1", phase=phase, annotations={"pv.kubernetes.io/provisioned-by": made_by})
+    found["spec"]["persistentVolumeReclaimPolicy"] = policy
+    api.lists[PVS] = [found]
+    done = check(api.address, tmp_path)
+    assert done.returncode == (1 if waits else 0)
+    assert ("persistentvolume pv-1, which is being deleted" in done.stdout) is waits
+
+
 def test_many_are_counted_over_pages(api: Api, tmp_path: Path) -> None:
     api.lists[PVS] = [volume(f"pv-{number}") for number in range(1203)]
     done = check(api.address, tmp_path)
@@ -208,11 +229,11 @@ def node(tmp_path: Path) -> dict[str, str]:
         "shm/cachefs-65532-abc/data",
         "shm/other/data",
         "cache/blocks",
-        "kubelet/pods",
+        "kubelet/pods/a/note",
     ):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text("x")
-    return places
+    return {**places, "DRIVER": DRIVER}
 
 
 def sweep(places: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -228,7 +249,7 @@ def test_the_sweep_leaves_what_is_not_ours(node: dict[str, str], tmp_path: Path)
     done = sweep(node)
     assert (done.returncode, done.stdout) == (0, "swept\n"), done.stderr
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert left == {"shm/other/data", "kubelet/pods"}
+    assert left == {"shm/other/data", "kubelet/pods/a/note"}
     assert sweep(node).returncode == 0  # and once more
 
 
@@ -244,26 +265,68 @@ def test_the_sweep_leaves_a_node_alone_that_is_in_use(node: dict[str, str], tmp_
     assert (tmp_path / "cache/blocks").exists()
 
 
-@pytest.mark.fuse
-def test_the_sweep_detaches_dead_mounts(node: dict[str, str], tmp_path: Path) -> None:
-    """A FUSE mount whose process is gone: looking into it fails, taking it away does not."""
+MOUNT = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+device = os.open("/dev/fuse", os.O_RDWR)
+options = f"fd={device},rootmode=40000,user_id=0,group_id=0".encode()
+sys.exit(libc.mount(b"cachefs", os.fsencode(sys.argv[1]), b"fuse.cachefs", 6, options))
+"""
+
+
+@pytest.fixture
+def dead_mounts(tmp_path: Path) -> Iterator[Callable[..., list[Path]]]:
+    """A function that makes a FUSE mount whose process is gone, and binds it: to look into it fails."""
     if os.geteuid() != 0:
         pytest.skip("mounting needs root")
-    place = tmp_path / "kubelet/plugins/mounts/dead"
-    place.mkdir(parents=True)
-    mount = (
-        "import ctypes, os, sys\n"
-        "libc = ctypes.CDLL(None, use_errno=True)\n"
-        "device = os.open('/dev/fuse', os.O_RDWR)\n"
-        "options = f'fd={device},rootmode=40000,user_id=0,group_id=0'.encode()\n"
-        "sys.exit(libc.mount(b'cachefs', os.fsencode(sys.argv[1]), b'fuse.cachefs', 6, options))\n"
-    )
-    subprocess.run([sys.executable, "-c", mount, str(place)], check=True, timeout=20)
-    try:
-        assert str(place) in Path("/proc/self/mountinfo").read_text()
+    made: list[Path] = []
+
+    def make(*names: str) -> list[Path]:
+        places = [tmp_path / "kubelet" / name for name in names]
+        for place in places:
+            place.mkdir(parents=True)
+            command = [sys.executable, "-c", MOUNT] if place is places[0] else ["mount", "--bind", places[0]]
+            subprocess.run([*command, place], check=True, timeout=20)
+            made.append(place)
+        return places
+
+    yield make
+    for place in reversed(made):
+        subprocess.run(["umount", "--lazy", place], check=False, capture_output=True, timeout=20)
+
+
+def mounted(places: list[Path]) -> list[bool]:
+    there = Path("/proc/self/mountinfo").read_text()
+    return [f" {place} " in there for place in places]
+
+
+@pytest.mark.fuse
+def test_the_sweep_detaches_dead_mounts(node: dict[str, str], dead_mounts: Callable[..., list[Path]]) -> None:
+    ours = dead_mounts(f"plugins/{DRIVER}/mounts/v-1", "pods/a/volumes/kubernetes.io~csi/pv/mount")
+    orphan = dead_mounts("pods/b/volumes/kubernetes.io~csi/pv/mount")  # its place is gone already
+    assert mounted(ours + orphan) == [True] * 3
+    done = sweep(node)
+    assert done.returncode == 0, done.stderr
+    assert {f"detaching {place}" for place in ours + orphan} <= set(done.stdout.splitlines())
+    assert mounted(ours + orphan) == [False] * 3
+
+
+@pytest.mark.fuse
+def test_the_sweep_leaves_other_instances_and_sidecars_alone(
+    node: dict[str, str], tmp_path: Path, dead_mounts: Callable[..., list[Path]]
+) -> None:
+    others = [
+        *dead_mounts(f"plugins/b.{DRIVER}/mounts/v-1", "pods/a/volumes/kubernetes.io~csi/pv/mount"),
+        *dead_mounts("pods/b/volumes/kubernetes.io~empty-dir/cachefs/mount", "pods/b/volume-subpaths/cachefs/main/0"),
+    ]
+    tier = tmp_path / "shm/cachefs-65532-def/data"
+    tier.parent.mkdir()
+    tier.write_text("x")
+    with tier.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ):
         done = sweep(node)
-        assert done.returncode == 0, done.stderr
-        assert f"detaching {place}" in done.stdout
-        assert str(place) not in Path("/proc/self/mountinfo").read_text()
-    finally:
-        subprocess.run(["umount", "--lazy", str(place)], check=False, capture_output=True, timeout=20)
+    assert done.returncode == 0, done.stderr
+    assert "detaching" not in done.stdout
+    assert f"in use: {tier.parent}" in done.stdout
+    assert mounted(others) == [True] * 4
+    assert tier.exists()
+    assert not (tmp_path / "shm/cachefs-65532-abc").exists()

@@ -132,7 +132,7 @@ async def test_nothing_is_left_behind(settings: EtcdSettings, shared: EtcdServer
         await trio.sleep(0.1)
         assert len(library_threads()) > len(before)
     await until(lambda: library_threads() == before)
-    left = by_hand(shared, lambda client: list(client.get_prefix(f"/cachefs/{settings.cluster}/nodes/")))
+    left = by_hand(shared, lambda client: list(client.get_prefix(f"/cachefs/{settings.cluster}/")))
     assert left == []
 
 

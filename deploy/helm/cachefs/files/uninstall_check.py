@@ -77,7 +77,7 @@ class Api:
 
 
 def volumes_in_use(api: Api, driver: str) -> Iterator[str]:
-    """Yield the persistent volumes of this driver that a claim is bound to, or that are being deleted."""
+    """Yield the persistent volumes of this driver that have a claim, or are still to be deleted."""
     for volume in api.list("/api/v1/persistentvolumes"):
         spec, metadata = volume["spec"], volume["metadata"]
         if (spec.get("csi") or {}).get("driver") != driver:
@@ -85,8 +85,15 @@ def volumes_in_use(api: Api, driver: str) -> Iterator[str]:
         claim = spec.get("claimRef") or {}
         if volume.get("status", {}).get("phase") == "Bound":
             yield f"persistentvolume {metadata['name']} of claim {claim.get('namespace')}/{claim.get('name')}"
-        elif metadata.get("deletionTimestamp"):
+        elif metadata.get("deletionTimestamp") or _to_be_deleted(volume, driver):
             yield f"persistentvolume {metadata['name']}, which is being deleted"
+
+
+def _to_be_deleted(volume: dict[str, Any], driver: str) -> bool:
+    """Whether csi-provisioner will ask the driver to delete it: its claim is gone, and the policy says so."""
+    made_by = (volume["metadata"].get("annotations") or {}).get("pv.kubernetes.io/provisioned-by")
+    left = volume.get("status", {}).get("phase") in ("Released", "Failed")
+    return left and made_by == driver and volume["spec"].get("persistentVolumeReclaimPolicy") == "Delete"
 
 
 def pods_in_use(api: Api, driver: str) -> Iterator[str]:

@@ -31,6 +31,10 @@ labels:
   {{- with .top.Values.podLabels }}{{ toYaml . | nindent 2 }}{{ end }}
 annotations:
   kubectl.kubernetes.io/default-container: {{ .container | default .part }}
+  {{- if has .part (list "keeper" "node" "csi") }}
+  # The cluster autoscaler would evict these together with the pods that read, which may take longer to end.
+  cluster-autoscaler.kubernetes.io/enable-ds-eviction: "false"
+  {{- end }}
   {{- with .top.Values.podAnnotations }}{{ toYaml . | nindent 2 }}{{ end }}
 {{- end }}
 

@@ -92,7 +92,7 @@ MOUNT_STATE = _gauge(
     *_MOUNT,
     "state",
 )
-MOUNT_TARGETS = _gauge("mount_targets", "Places where a mount is bound: those of pods.", *_MOUNT)
+MOUNT_TARGETS = _gauge("mount_targets", "Places of pods where a mount is bound.", *_MOUNT)
 MOUNT_INFO = _gauge(
     "mount_info", "1; handle: name of the volume in Kubernetes (volumeHandle).", *_MOUNT, "handle", "version"
 )

@@ -100,7 +100,7 @@ def test_messages_are_those_of_the_code() -> None:
     """Each piece of a message that the guide explains stands in the code that says it."""
     code = "".join(
         text_of(path)
-        for package in ("csi", "cachefs/keeper", "cachefs/cli")
+        for package in ("csi", "cachefs/keeper", "cachefs/cli", "cachefs/store")
         for path in sorted((REPOSITORY / package).rglob("*.py"))
         if not path.name.endswith("_pb2.py")
     )

@@ -273,7 +273,7 @@ def test_a_real_node(s3_server: S3Server) -> None:
         ]
         key = dict(labels)["mount"]
         assert found["cachefs_mount_state"].value(mount=key, state="serving") == 1
-        assert found["cachefs_mount_targets"].value(mount=key) == 2
+        assert found["cachefs_mount_targets"].value(mount=key) == 1
         assert found["cachefs_mount_fuse_reads_total"].value(mount=key) > 0
         assert found["cachefs_fill_bytes_total"].value(origin="store") == 3_000_000
         [(labels, requests)] = found["cachefs_store_requests_total"].values.items()

@@ -24,7 +24,7 @@ _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_NOATIME, _MS_REMOUNT, _MS_BIN
 _KEPT_FLAGS = {"nosuid": _MS_NOSUID, "nodev": _MS_NODEV, "noexec": _MS_NOEXEC, "noatime": _MS_NOATIME}
 _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
 _WALK = os.O_PATH | os.O_NOFOLLOW | os.O_DIRECTORY | os.O_CLOEXEC
-_MAX_LAYERS = 64
+_MAX_LAYERS = 1024
 DIRECTORY_MODE = 0o750
 """Of directories that are made: what kubelet makes them with."""
 
@@ -110,9 +110,9 @@ class Ground:
 
     # -- mounts -------------------------------------------------------------------------------------------------------
 
-    def bind(self, source: str, target: str, *, read_only: bool) -> None:
-        """Bind the mount at `source` to `target`, whose directory is made. Raises PathRefused, Occupied, OSError; then
-        nothing is left mounted.
+    def bind(self, source: str, target: str, *, read_only: bool, over: bool = False) -> None:
+        """Bind the mount at `source` to `target`, whose directory is made; `over` what is mounted there. Raises
+        PathRefused, Occupied, OSError; then nothing more is mounted than before.
         """
         seen = self._look(source, target)
         mount = seen.get(source)
@@ -123,7 +123,7 @@ class Ground:
             _make(parent, name, target)
             place = _open(parent, name, target)
             opened.callback(os.close, place)
-            if _mount_number(place) != _mount_number(parent):
+            if not over and _mount_number(place) != _mount_number(parent):
                 raise Occupied(f"something else is mounted on {target}")
             from_parent, from_name = opened.enter_context(self.parent(source, seen=seen))
             origin = _open(from_parent, from_name, source)

@@ -280,8 +280,8 @@ class KeptMount:
 
     # -- binds --------------------------------------------------------------------------------------------------------
 
-    def bind(self, target: str, *, read_only: bool) -> None:
-        """Bind it somewhere. Raises PathRefused, Occupied, OSError."""
+    def bind(self, target: str, *, read_only: bool, over: bool = False) -> None:
+        """Bind it somewhere; `over` what is mounted there. Raises PathRefused, Occupied, OSError."""
         former = dict(self.record.targets)
         self.record.targets[target] = read_only
         try:
@@ -290,7 +290,7 @@ class KeptMount:
             self.record.targets = former
             raise
         try:
-            self._house.ground.bind(self.place, target, read_only=read_only)
+            self._house.ground.bind(self.place, target, read_only=read_only, over=over)
         except (PathRefused, Occupied, OSError):
             self.forget_target(target)
             raise
@@ -356,12 +356,15 @@ class KeptMount:
         self._forget()
 
     def revive(self) -> bool:
-        """Make a dead mount anew, and its binds. Returns whether it is mounted."""
-        journal, ground = self._house.journal, self._house.ground
+        """Make a dead mount anew, and its binds. Returns whether it is mounted.
+
+        The dead binds stay below the new ones, until `Ground.detach` takes all layers away: what a container has of a
+        target is a copy of the bind (`HostToContainer`: a slave), and shows just what is mounted upon that
+        (mount_namespaces(7)).
+        """
+        journal = self._house.journal
         targets = {target: mode for target, mode in self.record.targets.items() if self.is_there(target)}
         try:
-            for target in targets:
-                ground.detach(target)
             self.mount()
         except (OSError, PathRefused) as error:
             journal.error(f"{self.record.key} cannot be made anew: {error}")
@@ -369,7 +372,7 @@ class KeptMount:
         self.record.targets = {}
         for target, read_only in targets.items():
             try:
-                self.bind(target, read_only=read_only)
+                self.bind(target, read_only=read_only, over=True)
             except (OSError, PathRefused, Occupied) as error:
                 journal.error(f"{self.record.key} cannot be bound to {target} again: {error}")
         self.save()

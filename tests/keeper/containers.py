@@ -12,6 +12,7 @@ A container dies as kubelet's dies: all of its processes are killed, wherever th
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -71,6 +72,23 @@ while True:
     rounds += 1
     print(rounds, flush=True)
     time.sleep(0.02)
+"""
+
+
+_VOLUME = """
+mount --bind "$1" "$2" && mount --make-$3 "$2" && exec "$4" -c "$5" "$2"
+"""
+"""As a container runtime gives a volume to a container: a copy of the bind, with a propagation of its own."""
+_OPENER = """
+import os, sys, time
+while True:
+    try:
+        names = os.listdir(sys.argv[1])
+        whole = names and all(open(f"{sys.argv[1]}/{name}", "rb").read() for name in names)
+        print("ok" if whole else "empty", flush=True)
+    except OSError as error:
+        print(error.strerror, flush=True)
+    time.sleep(0.1)
 """
 
 
@@ -322,6 +340,23 @@ class KubernetesNode:
             env=self._environment,
         )
         return Pod(started)
+
+    @contextlib.contextmanager
+    def opener(self, target: Path, propagation: str) -> Iterator[Callable[[], str]]:
+        """Run a container that opens all files of its volume again and again; the function tells how it went last."""
+        inside = Path(tempfile.mkdtemp(prefix="volume-", dir=self.base))
+        words = ["sh", "-c", _VOLUME, "volume", str(target), str(inside), propagation, sys.executable, _OPENER]
+        said = self.base / f"{inside.name}.said"
+        with said.open("wb") as output:
+            started = subprocess.Popen(
+                self._enter(["unshare", "--mount", "--propagation=slave", *words]),
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=self._environment,
+            )  # fmt: skip
+        try:
+            yield lambda: (said.read_text().splitlines() or [""])[-1]
+        finally:
+            started.kill()
+            started.wait(10)
 
     def _wait_for(self, container: Container, condition: Callable[[], bool], what: str) -> None:
         def holds() -> bool:

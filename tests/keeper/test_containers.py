@@ -21,6 +21,7 @@ from tests.support.machine import wait_until
 from tests.support.mounts import Bucket
 
 NOBODY = 65532
+LOST = "Transport endpoint is not connected"
 FILES = {"large": 3_000_000, "small-1": 70_000, "small-2": 1_500}
 
 
@@ -89,6 +90,31 @@ def test_pods_do_not_notice(s3_server: S3Server, bucket: Bucket, digests: list[s
         assert machine.mounts() == []
         wait_until(lambda: machine.keeper().status().mounts == (), 10, "nothing is kept")
         for container in (csi, beside, keeper):
+            assert container.end() == 0, machine.logs()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="makes namespaces and mounts")
+def test_containers_with_propagation_get_the_mount_that_is_made_anew(
+    s3_server: S3Server, bucket: Bucket, digests: list[str]
+) -> None:
+    with KubernetesNode(s3_server.environment, s3_server.endpoint_url, node_uid=NOBODY) as machine:
+        keeper, node, csi = machine.start_keeper(), machine.start_node(), machine.start_csi()
+        context = {"bucket": bucket.name, "endpoint": s3_server.endpoint_url, "authSource": "node"}
+        staging = machine.kubelet / "plugins/kubernetes.io/csi/cachefs.csi.k8s.io/1/globalmount"
+        targets = [machine.kubelet / f"pods/{name}/volumes/kubernetes.io~csi/pv/mount" for name in ("a", "b")]
+        _publish(machine.csi_socket, context, staging, targets)
+        with machine.opener(targets[0], "rslave") as follows, machine.opener(targets[1], "rprivate") as stays:
+            for _ in range(2):
+                wait_until(lambda: follows() == "ok", 20, f"it reads: {follows()}\n{machine.logs()}")
+                keeper.kill()
+                node.kill()
+                wait_until(lambda: follows() == stays() == LOST, 10, "the devices are lost")
+                keeper, node = machine.start_keeper(), machine.start_node()
+            wait_until(lambda: follows() == "ok", 20, f"it reads again: {follows()}\n{machine.logs()}")
+            assert stays() == LOST
+        _unpublish(machine.csi_socket, staging, targets)
+        assert machine.mounts() == []
+        for container in (csi, node, keeper):
             assert container.end() == 0, machine.logs()
 
 

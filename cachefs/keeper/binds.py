@@ -24,6 +24,7 @@ _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_NOATIME, _MS_REMOUNT, _MS_BIN
 _KEPT_FLAGS = {"nosuid": _MS_NOSUID, "nodev": _MS_NODEV, "noexec": _MS_NOEXEC, "noatime": _MS_NOATIME}
 _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
 _WALK = os.O_PATH | os.O_NOFOLLOW | os.O_DIRECTORY | os.O_CLOEXEC
+_LEAF = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAX_LAYERS = 1024
 DIRECTORY_MODE = 0o750
 """Of directories that are made: what kubelet makes them with."""
@@ -137,6 +138,18 @@ class Ground:
                 except OSError:
                     _unmount(parent, name)
                     raise
+
+    def bind_part(self, source: str, target: str, *, read_only: bool) -> None:
+        """Bind what is at `source`, a file or directory within a mount, over what is mounted on `target`. It waits for
+        the file system: for a child process. Raises PathRefused, OSError.
+        """
+        self._check(target)
+        with self.parent(target) as (parent, name):
+            place, origin = os.open(name, _LEAF, dir_fd=parent), os.open(source, _LEAF)
+            _mount(_path(origin), _path(place), _MS_BIND)
+            if read_only:
+                bound = os.open(name, _LEAF, dir_fd=parent)
+                _mount(None, _path(bound), _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | _MS_NODEV)
 
     def _make_read_only(self, parent: int, name: str, target: str, options: str) -> None:
         """A flag that is not repeated would be taken away."""

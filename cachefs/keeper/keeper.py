@@ -55,10 +55,10 @@ class Keeper:
         self._ground = ground
         runtime = RuntimeDir(f"{runtime_dir}/keeper")
         runners = Runners(loop, journal)
-        self._house = House(loop, journal, runtime, Records(f"{runtime.path}/records"), runners, ground)
+        self._prober = Prober(loop)
+        self._house = House(loop, journal, runtime, Records(f"{runtime.path}/records"), runners, ground, self._prober)
         self._runners = runners
         self._moves = Moves(loop, journal, runners)
-        self._prober = Prober(loop)
         self._mounts: dict[str, KeptMount] = {}
         self._looking = False
         self._waiting: list[Callable[[], None]] = []

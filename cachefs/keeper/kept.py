@@ -19,6 +19,8 @@ from typing import Any, NamedTuple, Protocol
 
 from cachefs.keeper import salvage
 from cachefs.keeper.binds import Ground, Occupied, PathRefused
+from cachefs.keeper.copies import Copy, copies_of, follow
+from cachefs.keeper.probing import Prober
 from cachefs.keeper.records import Record, Records
 from cachefs.keeper.remote_worker import RemoteWorker
 from cachefs.keeper.runners import Runner, Runners
@@ -45,6 +47,7 @@ class House(NamedTuple):
     records: Records
     runners: Runners
     ground: Ground
+    prober: Prober
 
 
 class Owner(Protocol):
@@ -65,6 +68,8 @@ class KeptMount:
         self._waiting: list[Outcome] = []
         self._failed = False
         self._revivals = CrashHistory()
+        self._copies: list[Copy] = []
+        """What is to follow when it is served."""
 
     @property
     def place(self) -> str:
@@ -141,6 +146,8 @@ class KeptMount:
         self.record.served = True
         self.save()
         self._tell("", "")
+        copies, self._copies = self._copies, []
+        follow(copies, self.place, self._house.ground, self._house.prober, self._house.journal)
 
     def fail(self, kind: str, text: str) -> None:
         """It will not be."""
@@ -363,6 +370,7 @@ class KeptMount:
         (mount_namespaces(7)).
         """
         journal = self._house.journal
+        self._copies = copies_of(self.record.identity, self._house.ground.root)
         targets = {target: mode for target, mode in self.record.targets.items() if self.is_there(target)}
         try:
             self.mount()

@@ -1,4 +1,4 @@
-"""Does a mount answer? Asked by a child process each, because asking may wait for ever.
+"""What may wait for a mount, in a child process each, because it may wait for ever: does it answer? (And `do`.)
 
 The children are forks that close every descriptor before they ask: a child that hangs must not keep a device open, and
 with it a mount alive that nobody serves. A few at a time; what does not answer in time is killed and not waited for.
@@ -25,8 +25,9 @@ _OTHER_FAILURE = 255
 
 
 class _Question(NamedTuple):
-    path: str
+    act: Callable[[], object]
     on_answer: Callable[[Answer], object]
+    timeout_s: float
 
 
 class Prober:
@@ -39,7 +40,11 @@ class Prober:
 
     def ask(self, path: str, on_answer: Callable[[Answer], object]) -> None:
         """Ask the mount at `path`."""
-        self._waiting.append(_Question(path, on_answer))
+        self.do(functools.partial(os.statvfs, path), on_answer)
+
+    def do(self, act: Callable[[], object], on_answer: Callable[[Answer], object], timeout_s: float = ANSWER_S) -> None:
+        """Call something that may wait for a mount, and raises OSError."""
+        self._waiting.append(_Question(act, on_answer, timeout_s))
         self._loop.after(self, 0, self._begin)
 
     def _begin(self) -> None:
@@ -65,7 +70,7 @@ class _Probe:
         self._silent = False
         self._pid = os.fork()
         if self._pid == 0:
-            _ask(question.path)
+            _act(question.act)
         loop.children.add(self._pid)
         try:
             self._pidfd = os.pidfd_open(self._pid)
@@ -74,7 +79,7 @@ class _Probe:
             loop.children.discard(self._pid)  # buried as an orphan
             raise
         loop.watch(self._pidfd, self._ended)
-        loop.after(self, ANSWER_S, self._give_up)
+        loop.after(self, question.timeout_s, self._give_up)
 
     def _give_up(self) -> None:
         self._silent = True
@@ -98,12 +103,12 @@ def _meaning(status: int) -> Answer:
     return Answer.DEAD if code in _DEAD else Answer.FAILING
 
 
-def _ask(path: str) -> None:
-    """In the child: ask, and end. Nothing of the parent's may run here."""
+def _act(act: Callable[[], object]) -> None:
+    """In the child: act, and end. Nothing of the parent's may run here."""
     code = _OTHER_FAILURE
     try:
         os.closerange(0, _MOST_DESCRIPTORS)
-        os.statvfs(path)
+        act()
         code = 0
     except OSError as error:
         code = min(error.errno or _OTHER_FAILURE, _OTHER_FAILURE)

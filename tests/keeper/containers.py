@@ -81,10 +81,12 @@ mount --bind "$1" "$2" && mount --make-$3 "$2" && exec "$4" -c "$5" "$2"
 """As a container runtime gives a volume to a container: a copy of the bind, with a propagation of its own."""
 _OPENER = """
 import os, sys, time
+def fail(error):
+    raise error
 while True:
     try:
-        names = os.listdir(sys.argv[1])
-        whole = names and all(open(f"{sys.argv[1]}/{name}", "rb").read() for name in names)
+        names = [f"{place}/{name}" for place, _, names in os.walk(sys.argv[1], onerror=fail) for name in names]
+        whole = names and all(open(name, "rb").read() for name in names)
         print("ok" if whole else "empty", flush=True)
     except OSError as error:
         print(error.strerror, flush=True)
@@ -341,9 +343,21 @@ class KubernetesNode:
         )
         return Pod(started)
 
+    def unmount_as_kubelet(self, path: Path) -> None:
+        """Unmount until nothing is mounted there: kubelet tries again and again."""
+        while subprocess.run(self._enter(["umount", str(path)]), capture_output=True, check=False).returncode == 0:
+            pass
+        path.rmdir()
+
     @contextlib.contextmanager
-    def opener(self, target: Path, propagation: str) -> Iterator[Callable[[], str]]:
-        """Run a container that opens all files of its volume again and again; the function tells how it went last."""
+    def opener(self, target: Path, propagation: str, part: str = "") -> Iterator[Callable[[], str]]:
+        """Run a container that opens all files of its volume again and again; the function tells how it went last.
+        `part`: what it has as subPath, of which kubelet makes a bind first.
+        """
+        if part:
+            target, whole = self.kubelet / "pods/a/volume-subpaths/pv/main/0", target
+            target.mkdir(parents=True)
+            subprocess.run(self._enter(["mount", "--bind", str(whole / part), str(target)]), check=True)
         inside = Path(tempfile.mkdtemp(prefix="volume-", dir=self.base))
         words = ["sh", "-c", _VOLUME, "volume", str(target), str(inside), propagation, sys.executable, _OPENER]
         said = self.base / f"{inside.name}.said"

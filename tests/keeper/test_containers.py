@@ -94,24 +94,28 @@ def test_pods_do_not_notice(s3_server: S3Server, bucket: Bucket, digests: list[s
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="makes namespaces and mounts")
-def test_containers_with_propagation_get_the_mount_that_is_made_anew(
-    s3_server: S3Server, bucket: Bucket, digests: list[str]
-) -> None:
+def test_containers_with_propagation_get_the_mount_that_is_made_anew(s3_server: S3Server, bucket: Bucket) -> None:
+    bucket.fill({f"part/{number}": bytes([number]) * 50_000 for number in range(3)})
     with KubernetesNode(s3_server.environment, s3_server.endpoint_url, node_uid=NOBODY) as machine:
         keeper, node, csi = machine.start_keeper(), machine.start_node(), machine.start_csi()
         context = {"bucket": bucket.name, "endpoint": s3_server.endpoint_url, "authSource": "node"}
         staging = machine.kubelet / "plugins/kubernetes.io/csi/cachefs.csi.k8s.io/1/globalmount"
         targets = [machine.kubelet / f"pods/{name}/volumes/kubernetes.io~csi/pv/mount" for name in ("a", "b")]
         _publish(machine.csi_socket, context, staging, targets)
-        with machine.opener(targets[0], "rslave") as follows, machine.opener(targets[1], "rprivate") as stays:
+        with (
+            machine.opener(targets[0], "rslave") as follows,
+            machine.opener(targets[0], "rslave", "part") as part_follows,
+            machine.opener(targets[1], "rprivate") as stays,
+        ):
             for _ in range(2):
-                wait_until(lambda: follows() == "ok", 20, f"it reads: {follows()}\n{machine.logs()}")
+                wait_until(lambda: follows() == part_follows() == "ok", 20, f"they read\n{machine.logs()}")
                 keeper.kill()
                 node.kill()
-                wait_until(lambda: follows() == stays() == LOST, 10, "the devices are lost")
+                wait_until(lambda: follows() == part_follows() == stays() == LOST, 10, "the devices are lost")
                 keeper, node = machine.start_keeper(), machine.start_node()
-            wait_until(lambda: follows() == "ok", 20, f"it reads again: {follows()}\n{machine.logs()}")
+            wait_until(lambda: follows() == part_follows() == "ok", 20, f"they read again\n{machine.logs()}")
             assert stays() == LOST
+            machine.unmount_as_kubelet(targets[0].parents[3] / "volume-subpaths/pv/main/0")
         _unpublish(machine.csi_socket, staging, targets)
         assert machine.mounts() == []
         for container in (csi, node, keeper):

@@ -185,7 +185,7 @@ def test_a_big_copy_says_how_far_it_is(
         "copy", **own(s3_bucket, "ns", "copy"), volume_content_source=from_volume(dataset.volume_id)
     )
     code, text = driver.refused(driver.controller.CreateVolume, request)
-    assert begun.is_set()
+    assert begun.wait(10)
     assert code is Code.ABORTED
     assert "copying" in text
     copying = next(

@@ -209,10 +209,10 @@ class NodeService(csi_pb2_grpc.NodeServicer):
     def NodeGetVolumeStats(self, request: Any, context: Any) -> Any:
         """Return figures and condition of a mount, within seconds whatever state it is in."""
         volume_id = requests.volume_id(request)
-        path = requests.given("volume_path", request.volume_path)
+        path = requests.given("volume_path", request.volume_path).rstrip("/")
         mounts, mount = self._at(volume_id, path)
         self._examiner.forget({each.key for each in mounts.all})
-        seen_at = mount.mountpoint if path.rstrip("/") == mount.labels.get("stage") else path.rstrip("/")
+        seen_at = mount.mountpoint if path == mount.labels.get("stage") else path
         health = self._examiner.examine(mount, seen_at, has_node_service=mounts.has_node_service)
         figures = health.figures
         total = _number(mount.labels.get("capacity")) or figures.total_bytes

@@ -23,8 +23,8 @@ from cachefs.mount import mountinfo
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_NOATIME, _MS_REMOUNT, _MS_BIND = 1, 2, 4, 8, 1024, 32, 4096
 _KEPT_FLAGS = {"nosuid": _MS_NOSUID, "nodev": _MS_NODEV, "noexec": _MS_NOEXEC, "noatime": _MS_NOATIME}
 _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
-_WALK = os.O_PATH | os.O_NOFOLLOW | os.O_DIRECTORY | os.O_CLOEXEC
 _LEAF = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_WALK = _LEAF | os.O_DIRECTORY
 _MAX_LAYERS = 1024
 DIRECTORY_MODE = 0o750
 """Of directories that are made: what kubelet makes them with."""
@@ -134,31 +134,22 @@ class Ground:
             _mount(_path(origin), _path(place), _MS_BIND)
             if read_only:
                 try:
-                    self._make_read_only(parent, name, target, mount.options)
+                    bound = _open(parent, name, target)
+                    opened.callback(os.close, bound)
+                    _make_read_only(bound, mount.options)
                 except OSError:
                     _unmount(parent, name)
                     raise
 
-    def bind_part(self, source: str, target: str, *, read_only: bool) -> None:
-        """Bind what is at `source`, a file or directory within a mount, over what is mounted on `target`. It waits for
-        the file system: for a child process. Raises PathRefused, OSError.
+    def bind_part(self, source: str, lost: mountinfo.Mount) -> None:
+        """Bind what is at `source`, a file or directory within a mount, over a lost mount, and as that was. It waits
+        for the file system: for a child process, which leaves descriptors to its end. Raises PathRefused, OSError.
         """
-        self._check(target)
-        with self.parent(target) as (parent, name):
+        with self.parent(lost.mountpoint) as (parent, name):
             place, origin = os.open(name, _LEAF, dir_fd=parent), os.open(source, _LEAF)
             _mount(_path(origin), _path(place), _MS_BIND)
-            if read_only:
-                bound = os.open(name, _LEAF, dir_fd=parent)
-                _mount(None, _path(bound), _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | _MS_NODEV)
-
-    def _make_read_only(self, parent: int, name: str, target: str, options: str) -> None:
-        """A flag that is not repeated would be taken away."""
-        flags = sum(flag for word, flag in _KEPT_FLAGS.items() if word in options.split(","))
-        bound = _open(parent, name, target)
-        try:
-            _mount(None, _path(bound), _MS_REMOUNT | _MS_BIND | _MS_RDONLY | flags)
-        finally:
-            os.close(bound)
+            if lost.read_only:
+                _make_read_only(os.open(name, _LEAF, dir_fd=parent), lost.options)
 
     def detach(self, path: str) -> int:
         """Take away every layer of cachefs on top at this path; returns how many. Raises PathRefused, OSError."""
@@ -215,6 +206,12 @@ def _mount(source: str | None, target: str, flags: int) -> None:
     if ctypes.CDLL(None, use_errno=True).mount(origin, os.fsencode(target), None, ctypes.c_ulong(flags), None):
         code = ctypes.get_errno()
         raise OSError(code, f"mount: {os.strerror(code)}")
+
+
+def _make_read_only(bound: int, options: str) -> None:
+    """Make a bind read-only that has these options. A flag that is not repeated would be taken away."""
+    flags = sum(flag for word, flag in _KEPT_FLAGS.items() if word in options.split(","))
+    _mount(None, _path(bound), _MS_REMOUNT | _MS_BIND | _MS_RDONLY | flags)
 
 
 def _unmount(parent: int, name: str) -> None:

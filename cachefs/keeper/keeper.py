@@ -317,9 +317,9 @@ class Keeper:
             self._prober.ask(target, functools.partial(self._bind_over, request, visitor))
 
     def _bound_already(self, kept: KeptMount, top: mountinfo.Mount, visitor: Visitor, *, read_only: bool) -> None:
-        target, is_read_only = top.mountpoint, "ro" in top.options.split(",")
-        if is_read_only != (read_only or kept.read_only):
-            raise Occupied(f"{target} is bound {'read-only' if is_read_only else 'writable'} already")
+        target = top.mountpoint
+        if top.read_only != (read_only or kept.read_only):
+            raise Occupied(f"{target} is bound {'read-only' if top.read_only else 'writable'} already")
         if kept.record.targets.get(target) != read_only:
             kept.record.targets[target] = read_only
             kept.save()

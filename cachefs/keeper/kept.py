@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 from cachefs.keeper import salvage
 from cachefs.keeper.binds import Ground, Occupied, PathRefused
-from cachefs.keeper.copies import Copy, copies_of, follow
+from cachefs.keeper.copies import copies_of, follow
 from cachefs.keeper.probing import Prober
 from cachefs.keeper.records import Record, Records
 from cachefs.keeper.remote_worker import RemoteWorker
@@ -68,7 +68,7 @@ class KeptMount:
         self._waiting: list[Outcome] = []
         self._failed = False
         self._revivals = CrashHistory()
-        self._copies: list[Copy] = []
+        self._copies: list[mountinfo.Mount] = []
         """What is to follow when it is served."""
 
     @property

@@ -45,6 +45,11 @@ class Mount(NamedTuple):
         return int(self.device.partition(":")[2])
 
     @property
+    def read_only(self) -> bool:
+        """Whether it takes no writes, whatever the file system does."""
+        return "ro" in self.options.split(",")
+
+    @property
     def is_cachefs(self) -> bool:
         """Whether cachefs made it."""
         return self.fstype == FSTYPE

@@ -15,6 +15,7 @@ from csi.buckets import Buckets
 from csi.controller import Controller
 from csi.identity import Identity
 from csi.records import FileRecords
+from tests.csi.fake_kube import FakeApi
 from tests.csi.rig import Client, served
 
 
@@ -34,6 +35,16 @@ def records(tmp_path: Path) -> FileRecords:
 def buckets(s3_server: S3Server) -> Buckets:
     """The test's S3 server, and credentials in the environment of the controller."""
     return Buckets(S3Config(endpoint_url=s3_server.endpoint_url), s3_server.environment)
+
+
+@pytest.fixture
+def api(tmp_path: Path) -> Iterator[FakeApi]:
+    """A Kubernetes API."""
+    made = FakeApi(tmp_path)
+    try:
+        yield made
+    finally:
+        made.close()
 
 
 @pytest.fixture

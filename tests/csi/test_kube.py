@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,15 +13,6 @@ from csi.kube import WARNING, KubeClient, KubeError, PodReference, event_name
 from tests.csi.fake_kube import FakeApi
 
 POD = PodReference("team", "train-0", "uid-1")
-
-
-@pytest.fixture
-def api(tmp_path: Path) -> Iterator[FakeApi]:
-    made = FakeApi(tmp_path)
-    try:
-        yield made
-    finally:
-        made.close()
 
 
 # -- calls -------------------------------------------------------------------------------------------------------------

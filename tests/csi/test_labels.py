@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,15 +11,6 @@ from csi.labels import LABEL_PREFIX, MOST_LABELS, NodeLabels, label_value, wante
 from tests.csi.fake_kube import FakeApi
 
 GIB = 1 << 30
-
-
-@pytest.fixture
-def api(tmp_path: Path) -> Iterator[FakeApi]:
-    made = FakeApi(tmp_path)
-    try:
-        yield made
-    finally:
-        made.close()
 
 
 @pytest.mark.parametrize(("gib", "value"), [(0, "0"), (0.99, "0"), (1, "1"), (3.9, "2"), (64, "64"), (1000, "512")])

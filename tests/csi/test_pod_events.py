@@ -45,15 +45,6 @@ class Clock:
 
 
 @pytest.fixture
-def api(tmp_path: Path) -> Iterator[FakeApi]:
-    made = FakeApi(tmp_path)
-    try:
-        yield made
-    finally:
-        made.close()
-
-
-@pytest.fixture
 def clock() -> Clock:
     return Clock()
 
